@@ -1,0 +1,40 @@
+"""The one place where a command line program meets every error."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from tdxd.errors import TdxdError
+
+__all__ = ["run", "show_error"]
+
+
+def run(prog: str, main: Callable[[Sequence[str]], int]) -> int:
+    """Run `main` on the command line's arguments and return the exit code.
+
+    A `TdxdError` becomes `prog: error: …` and `prog: hint: …` on standard error and its own exit
+    code; Ctrl-C is 130, a closed pipe 141, as shells count signals. Anything else is a bug and keeps its
+    traceback.
+    """
+    try:
+        code = main(sys.argv[1:])
+        sys.stdout.flush()
+    except TdxdError as exc:
+        show_error(prog, exc)
+        return exc.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader is gone: what is left in the buffer must not raise again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    return code
+
+
+def show_error(prog: str, exc: TdxdError) -> None:
+    """Print an error and its hint on standard error."""
+    print(f"{prog}: error: {exc.message}", file=sys.stderr)
+    if exc.hint:
+        print(f"{prog}: hint: {exc.hint}", file=sys.stderr)

@@ -1,0 +1,185 @@
+"""The manifest of a sealed image, its key bundle, and every key derived from them.
+
+Source: design of the sealed image (docs/sealed-image.md). The volume key depends on the
+secret and on every byte of the manifest, so a changed manifest yields a useless key and
+never a wrong plaintext.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from typing import Literal
+
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from tdxd.core.decode import decode, decode_canonical, encode_canonical
+from tdxd.core.secret import Secret
+from tdxd.core.volume_id import check_volume_id
+from tdxd.errors import DataError, TdxdError
+
+__all__ = [
+    "BLOCK_BYTES",
+    "SECRET_BYTES",
+    "VOLUME_KEY_BYTES",
+    "KeyBundle",
+    "Manifest",
+    "derive",
+    "volume_key",
+]
+
+BLOCK_BYTES = 4096
+"""Size of an encryption sector, of a dm-verity block and of a file system block."""
+SECRET_BYTES = 64
+VOLUME_KEY_BYTES = 64
+"""aes-xts-plain64 with two 256-bit keys."""
+_MANIFEST_MAX_BYTES = 4096
+_BUNDLE_MAX_BYTES = 8192
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """Everything a guest needs to map one sealed image, apart from the secret.
+
+    The payload is one encrypted stream that starts `payload_offset_bytes` into the file:
+    `data_blocks` blocks of file system, then `hash_blocks` blocks of dm-verity tree.
+    `root_hash` and `salt` are 32 bytes each, of sha256.
+    """
+
+    format: Literal[1] = 1
+    volume_id: str
+    generation: int
+    payload_offset_bytes: int
+    data_blocks: int
+    hash_blocks: int
+    root_hash: bytes
+    salt: bytes
+    fs: Literal["erofs"] = "erofs"
+
+    def __post_init__(self) -> None:
+        check_volume_id(self.volume_id)
+        _within("generation", self.generation, 1, 2**63 - 1)
+        _within("payload_offset_bytes", self.payload_offset_bytes, BLOCK_BYTES, 2**40)
+        _within("data_blocks", self.data_blocks, 1, 2**40)
+        _within("hash_blocks", self.hash_blocks, 0, 2**40)
+        if self.payload_offset_bytes % BLOCK_BYTES:
+            msg = f"payload_offset_bytes {self.payload_offset_bytes} is not a multiple of {BLOCK_BYTES}"
+            raise ValueError(msg)
+        if len(self.root_hash) != 32 or len(self.salt) != 32:
+            msg = "root_hash and salt must be 32 bytes each"
+            raise ValueError(msg)
+
+    @property
+    def payload_bytes(self) -> int:
+        """Size of the encrypted stream: file system and hash tree."""
+        return (self.data_blocks + self.hash_blocks) * BLOCK_BYTES
+
+    @property
+    def image_bytes(self) -> int:
+        """Size of the whole image file."""
+        return self.payload_offset_bytes + self.payload_bytes
+
+    def encode(self) -> bytes:
+        """Encode as canonical msgpack."""
+        return encode_canonical(
+            {
+                field.name: getattr(self, field.name)
+                for field in dataclasses.fields(self)
+            }
+        )
+
+    @classmethod
+    def parse(cls, data: bytes, *, source: str = "manifest") -> Manifest:
+        """Decode canonical msgpack.
+
+        Raises: DataError.
+        """
+        value = decode_canonical(data, source=source, max_bytes=_MANIFEST_MAX_BYTES)
+        return decode(cls, value, source=source, error=DataError)
+
+    def digest(self) -> bytes:
+        """Return the SHA-256 of the encoded manifest: 32 bytes."""
+        return hashlib.sha256(self.encode()).digest()
+
+
+def _within(name: str, value: int, low: int, high: int) -> None:
+    if not low <= value <= high:
+        msg = f"{name} {value} is not between {low} and {high}"
+        raise ValueError(msg)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class KeyBundle:
+    """A manifest with the 64-byte secret of one generation of one volume."""
+
+    manifest: Manifest
+    secret: Secret
+
+    def __post_init__(self) -> None:
+        if len(self.secret) != SECRET_BYTES:
+            msg = f"the secret has {len(self.secret)} bytes, not {SECRET_BYTES}"
+            raise ValueError(msg)
+
+    def encode(self) -> bytes:
+        """Encode manifest and secret as canonical msgpack; the result is secret."""
+        return encode_canonical(
+            {"manifest": self.manifest.encode(), "secret": self.secret.reveal()}
+        )
+
+    @classmethod
+    def parse(
+        cls, data: bytes, *, source: str = "bundle", error: type[TdxdError] = DataError
+    ) -> KeyBundle:
+        """Decode canonical msgpack.
+
+        Raises: `error`; no message shows a byte of the secret.
+        """
+        try:
+            value = decode_canonical(data, source=source, max_bytes=_BUNDLE_MAX_BYTES)
+            fields = decode(_BundleFields, value, source=source, error=DataError)
+            manifest = Manifest.parse(fields.manifest, source=f"{source}: manifest")
+            return cls(manifest=manifest, secret=Secret(fields.secret))
+        except (DataError, ValueError) as exc:
+            text = exc.message if isinstance(exc, TdxdError) else f"{source}: {exc}"
+            raise error(text, hint="is this a bundle file of tdx-seal?") from exc
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class _BundleFields:
+    manifest: bytes
+    secret: bytes
+
+
+def derive(secret: Secret, label: str, size: int, *context: bytes) -> Secret:
+    """Derive `size` bytes for one purpose.
+
+    HKDF-SHA512 (RFC 5869) with no salt and info = label followed by each context value with
+    its length as 4 bytes big-endian in front, so that no two uses share an info.
+    """
+    info = label.encode() + b"".join(
+        len(item).to_bytes(4, "big") + item for item in context
+    )
+    kdf = HKDF(algorithm=hashes.SHA512(), length=size, salt=None, info=info)
+    return Secret(kdf.derive(secret.reveal()))
+
+
+def volume_key(bundle: KeyBundle) -> Secret:
+    """Derive the 64-byte aes-xts-plain64 key: two halves, which must differ.
+
+    Raises: ValueError if the halves are equal (IEEE 1619 and FIPS 140-3 IG C.I forbid it).
+    """
+    manifest = bundle.manifest
+    key = derive(
+        bundle.secret,
+        "tdxd/volume-key/v1",
+        VOLUME_KEY_BYTES,
+        manifest.volume_id.encode(),
+        manifest.digest(),
+    )
+    raw = key.reveal()
+    if raw[:32] == raw[32:]:
+        key.wipe()
+        msg = "the two halves of the XTS key are equal"
+        raise ValueError(msg)
+    return key

@@ -1,0 +1,284 @@
+"""The daemon's configuration: TOML text becomes one immutable value, decoded once.
+
+Nothing in it is secret, no environment variable changes it, and no default weakens security.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import dataclasses
+import tomllib
+from collections.abc import Iterable
+from typing import Literal
+
+from tdxd.core.decode import decode
+from tdxd.core.volume_id import check_volume_id
+from tdxd.errors import ConfigError
+
+__all__ = [
+    "Address",
+    "Config",
+    "ControlConfig",
+    "HealthConfig",
+    "KeyReleaseConfig",
+    "MapperConfig",
+    "PlatformConfig",
+    "SecurityConfig",
+    "ServingConfig",
+    "VolumeConfig",
+    "parse_address",
+    "parse_config",
+    "parse_signing_key",
+]
+
+_SIGNING_KEY_PREFIX = "ed25519:"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Address:
+    """A TCP address: host (a name, or an address without brackets) and port 0-65535."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{host}:{self.port}"
+
+
+def parse_address(text: str) -> Address:
+    """Parse `HOST:PORT` or `[IPv6]:PORT`.
+
+    Raises: ValueError, naming the text.
+    """
+    host, separator, port = text.rpartition(":")
+    bracketed = host.startswith("[") and host.endswith("]")
+    bare = host[1:-1] if bracketed else host
+    if not separator or not bare or (":" in bare) != bracketed:
+        msg = f"{text!r} is not HOST:PORT or [IPV6]:PORT"
+        raise ValueError(msg)
+    if not (port.isascii() and port.isdigit() and int(port) <= 65535):
+        msg = f"port {port!r} in {text!r} is not 0 to 65535"
+        raise ValueError(msg)
+    return Address(bare, int(port))
+
+
+def parse_signing_key(text: str) -> bytes:
+    """Return the 32 raw bytes of `ed25519:BASE64` (RFC 8032, section 5.1.5).
+
+    Raises: ValueError, naming the text.
+    """
+    try:
+        if not text.startswith(_SIGNING_KEY_PREFIX):
+            raise binascii.Error
+        raw = base64.b64decode(text.removeprefix(_SIGNING_KEY_PREFIX), validate=True)
+    except binascii.Error as exc:
+        msg = f"signing key {text!r} is not ed25519:BASE64"
+        raise ValueError(msg) from exc
+    if len(raw) != 32:
+        msg = f"signing key {text!r} has {len(raw)} bytes, not 32"
+        raise ValueError(msg)
+    return raw
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class KeyReleaseConfig:
+    """Whom to ask for keys, and how the answer is recognised.
+
+    `servers` are tried in order under one pin: `ca` is a PEM file, `signing_key` one or several
+    raw Ed25519 public keys (`ed25519:BASE64`), of which any may sign (so that they can rotate).
+    """
+
+    servers: tuple[str, ...]
+    ca: str
+    signing_key: str | None = None
+    signing_keys: tuple[str, ...] = ()
+    timeout_s: float = 15.0
+    """Deadline of one exchange with one server."""
+    backoff_max_s: float = 60.0
+    """Ceiling of the full-jitter exponential backoff."""
+    denied_retry_s: float = 300.0
+    """Shortest wait after a refusal by policy; the longest is three times as long."""
+
+    def __post_init__(self) -> None:
+        if not self.servers:
+            msg = "servers is empty"
+            raise ValueError(msg)
+        for server in self.servers:
+            parse_address(server)
+        if not self.accepted_signing_keys():
+            msg = "signing_key is missing: without a pin no answer can be trusted"
+            raise ValueError(msg)
+        _positive(self, "timeout_s", "backoff_max_s", "denied_retry_s")
+
+    def accepted_signing_keys(self) -> tuple[bytes, ...]:
+        """Return the raw 32-byte keys, `signing_key` first."""
+        one = () if self.signing_key is None else (self.signing_key,)
+        return tuple(parse_signing_key(text) for text in one + self.signing_keys)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class PlatformConfig:
+    """Where the kernel offers quotes and the event log."""
+
+    tsm: str = "/sys/kernel/config/tsm/report"
+    event_log: str = "/sys/firmware/acpi/tables/data/CCEL"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class VolumeConfig:
+    """One volume: `image` is a path or a glob; `required` decides readiness."""
+
+    id: str
+    image: str
+    required: bool = True
+
+    def __post_init__(self) -> None:
+        check_volume_id(self.id)
+        if not self.image.startswith("/"):
+            msg = f"image {self.image!r} is not an absolute path"
+            raise ValueError(msg)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class MapperConfig:
+    """How images are opened. `auto` takes `dm` where the kernel has a device mapper."""
+
+    mapper: Literal["auto", "dm", "memory"] = "auto"
+    memory_limit_bytes: int = 8 * 2**30
+    """Largest image that the `memory` mapper takes; it costs that much RAM."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "memory_limit_bytes")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ServingConfig:
+    """The model server and its TLS front. Absent from the config: nothing is served."""
+
+    command: tuple[str, ...] = ()
+    """The model server; empty: `tensorflow_model_server` if installed, else the drop-in."""
+    listen: str = "[::]:8500"
+    rest_listen: str | None = None
+    tls_volume: str | None = None
+    """The volume whose `tls/server.pem` the front uses; may be left out if there is one."""
+    user: str = "tdxd-serve"
+    """Unprivileged user of the model server and the front (`nobody` for trying out)."""
+    ready_timeout_s: float = 300.0
+    drain_timeout_s: float = 10.0
+    haproxy: str = "haproxy"
+
+    def __post_init__(self) -> None:
+        parse_address(self.listen)
+        if self.rest_listen is not None:
+            parse_address(self.rest_listen)
+        _positive(self, "ready_timeout_s", "drain_timeout_s")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class HealthConfig:
+    """Address of `/livez`, `/readyz` and `/metrics`; absent: none."""
+
+    listen: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.listen is not None:
+            parse_address(self.listen)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ControlConfig:
+    """Paths of the control socket and of the daemon's runtime directory."""
+
+    socket: str = "/run/tdxd.sock"
+    runtime_dir: str = "/run/tdxd"
+    group: str | None = "tdxd"
+    """Group that may look (mode 0660); `None` in code, or a missing group: root only."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SecurityConfig:
+    """Deliberate relaxations; each stands in every `status`."""
+
+    accept_unmeasured: bool = False
+    """Start though nothing proves this config to the key server (design of trust)."""
+    accept_swap: bool = False
+    """Start though this machine has swap, where key material can land."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """The whole configuration."""
+
+    key_release: KeyReleaseConfig
+    platform: PlatformConfig = PlatformConfig()
+    volume: tuple[VolumeConfig, ...] = ()
+    mapping: MapperConfig = MapperConfig()
+    serving: ServingConfig | None = None
+    health: HealthConfig = HealthConfig()
+    control: ControlConfig = ControlConfig()
+    security: SecurityConfig = SecurityConfig()
+
+    def __post_init__(self) -> None:
+        ids = [volume.id for volume in self.volume]
+        for name in ids:
+            if ids.count(name) > 1:
+                msg = f"volume id {name!r} stands twice"
+                raise ValueError(msg)
+        tls = self.serving.tls_volume if self.serving else None
+        if tls is not None and tls not in ids:
+            msg = f"serving.tls_volume {tls!r} is no configured volume"
+            raise ValueError(msg)
+
+    def volume_named(self, volume_id: str) -> VolumeConfig | None:
+        """Return the volume with this id."""
+        return next((item for item in self.volume if item.id == volume_id), None)
+
+    @property
+    def tls_volume(self) -> str | None:
+        """The volume that supplies the certificate: the named one, or the only one."""
+        if self.serving is None:
+            return None
+        if self.serving.tls_volume is not None:
+            return self.serving.tls_volume
+        return self.volume[0].id if len(self.volume) == 1 else None
+
+
+def parse_config(files: Iterable[tuple[str, str]]) -> Config:
+    """Merge TOML texts, given as (file name, text) in order, and decode them.
+
+    Tables merge key by key, later files win; `[[volume]]` lists are joined.
+
+    Raises: ConfigError, naming the file or the key path.
+    """
+    merged: dict[str, object] = {}
+    names = []
+    for name, text in files:
+        names.append(name)
+        try:
+            table = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as exc:
+            msg = f"{name}: not valid TOML: {exc}"
+            raise ConfigError(msg) from exc
+        _merge(merged, table)
+    return decode(Config, merged, source=", ".join(names) or "config")
+
+
+def _merge(into: dict[str, object], table: dict[str, object]) -> None:
+    for key, value in table.items():
+        have = into.get(key)
+        if isinstance(have, dict) and isinstance(value, dict):
+            _merge(have, value)
+        elif key == "volume" and isinstance(have, list) and isinstance(value, list):
+            have.extend(value)
+        else:
+            into[key] = value
+
+
+def _positive(record: object, *names: str) -> None:
+    for name in names:
+        value = getattr(record, name)
+        if not value > 0:
+            msg = f"{name} {value} is not greater than 0"
+            raise ValueError(msg)

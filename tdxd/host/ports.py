@@ -1,0 +1,195 @@
+"""What the daemon needs of its operating system, as Protocols, and the `Host` that bundles them.
+
+The real facilities stand beside this file, one each; `tests/fakes.py` holds an in-memory
+kernel, and the same contract tests run on both. All methods block unless they are `async`;
+the daemon calls the blocking ones in worker threads where they can take long. Every method
+raises `HostError`, or the narrower error its docstring names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, Protocol
+
+from tdxd.core.bundle import KeyBundle, Manifest
+
+__all__ = [
+    "Cell",
+    "Child",
+    "ChildSpec",
+    "Children",
+    "Host",
+    "KeyServer",
+    "MappedVolume",
+    "Mapper",
+    "Mounts",
+    "Tsm",
+]
+
+Progress = Callable[[int, int], None]
+"""Called with bytes done and bytes in all, from any thread."""
+
+
+class Tsm(Protocol):
+    """The quoting interface of the kernel (configfs-tsm) and its event log."""
+
+    def quote(self, report_data: bytes) -> bytes:
+        """Return a quote over 64 bytes of report data.
+
+        Raises: EvidenceUnavailableError.
+        """
+        ...
+
+    def event_log(self) -> bytes:
+        """Return the CCEL data; empty if this platform has none."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class MappedVolume:
+    """Proof that an image was opened with the right key: a block device of its plaintext.
+
+    `fd` is an open descriptor of `device`, or -1: it keeps an autoclear loop device alive until
+    the device is mounted.
+    """
+
+    manifest: Manifest
+    device: str
+    mapper: Literal["dm", "memory"]
+    fd: int = -1
+
+
+class Mapper(Protocol):
+    """Opens sealed images. Contract: never a wrong byte."""
+
+    name: Literal["dm", "memory"]
+
+    def map_volume(
+        self, image: str, bundle: KeyBundle, *, cancelled: Callable[[], bool]
+    ) -> MappedVolume:
+        """Open the image; polls `cancelled` and leaves nothing behind if it turns true.
+
+        Raises: MissingError, BadHeaderError, IntegrityError.
+        """
+        ...
+
+    def unmap(self, mapped: MappedVolume) -> None:
+        """Close the device and all below it; harmless when repeated.
+
+        Raises: BusyError.
+        """
+        ...
+
+    def intact(self, mapped: MappedVolume) -> bool:
+        """Say whether no wrong block was met since mapping (dm-verity's status)."""
+        ...
+
+
+class Mounts(Protocol):
+    """Mounts in the daemon's private mount namespace."""
+
+    def mount_volume(self, mapped: MappedVolume, target: str) -> None:
+        """Make the directory and mount read-only, nodev, nosuid, noexec, nosymfollow."""
+        ...
+
+    def unmount(self, target: str) -> None:
+        """Unmount and remove the directory; harmless when not mounted.
+
+        Raises: BusyError.
+        """
+        ...
+
+    def under(self, directory: str) -> tuple[str, ...]:
+        """Return the mount points below `directory`, deepest last."""
+        ...
+
+
+class Cell(Protocol):
+    """A network namespace with nothing but `lo`, and a mount namespace that hides the volumes.
+
+    Held by descriptor; gone when closed and the last child in it has ended.
+    """
+
+    def close(self) -> None:
+        """Let go of the namespaces; harmless when repeated."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ChildSpec:
+    """One child process: what to run, as whom, where.
+
+    `argv` is never given a secret; `pass_fds` are inherited under the same numbers.
+    """
+
+    name: str
+    argv: tuple[str, ...]
+    user: str
+    cell: Cell
+    pass_fds: tuple[int, ...] = ()
+    env: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+class Child(Protocol):
+    """A running child, in its own session."""
+
+    pid: int
+
+    async def wait(self) -> int:
+        """Wait for its end; return the exit status, negative for a signal."""
+        ...
+
+    async def stop(self, timeout_s: float) -> None:
+        """SIGTERM its group, wait, then SIGKILL; returns when it has ended."""
+        ...
+
+
+class Children(Protocol):
+    """Starts children (design of the serving path)."""
+
+    def make_cell(
+        self, *, binds: Sequence[tuple[str, str]], hide: str, shared: Cell | None = None
+    ) -> Cell:
+        """Make namespaces where `hide` is an empty tmpfs but for `binds` (source, target).
+
+        With `shared`, the network namespace of that cell is used.
+        """
+        ...
+
+    def spawn(self, spec: ChildSpec, *, on_line: Callable[[str], None]) -> Child:
+        """Start a child; each line of its stdout and stderr goes to `on_line`."""
+        ...
+
+
+class KeyServer(Protocol):
+    """The two calls of the key release protocol, to one server."""
+
+    async def challenge(self) -> bytes:
+        """Return a token.
+
+        Raises: UnreachableError.
+        """
+        ...
+
+    async def release(self, request: bytes) -> bytes:
+        """Send an encoded `ReleaseRequest`, return the encoded `ReleaseResponse`.
+
+        Raises: UnreachableError, DeniedError.
+        """
+        ...
+
+    async def aclose(self) -> None:
+        """Close the channel."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Host:
+    """The facilities of one machine."""
+
+    tsm: Tsm
+    mapper: Mapper
+    mounts: Mounts
+    children: Children
+    random_bytes: Callable[[int], bytes]

@@ -1,0 +1,20 @@
+"""Settings of all tests."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from hypothesis import settings
+
+# Deterministic: the same examples in every run; `make fuzz` looks further.
+settings.register_profile("derandomize", derandomize=True, deadline=None)
+settings.load_profile("derandomize")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if os.geteuid() == 0:
+        return
+    for item in items:
+        if item.get_closest_marker("root"):
+            item.add_marker(pytest.mark.skip(reason="needs uid 0"))
