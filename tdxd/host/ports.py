@@ -9,7 +9,7 @@ raises `HostError`, or the narrower error its docstring names.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Literal, Protocol
 
 from tdxd.core.bundle import KeyBundle, Manifest
@@ -26,9 +26,6 @@ __all__ = [
     "Mounts",
     "Tsm",
 ]
-
-Progress = Callable[[int, int], None]
-"""Called with bytes done and bytes in all, from any thread."""
 
 
 class Tsm(Protocol):
@@ -120,7 +117,7 @@ class Cell(Protocol):
 class ChildSpec:
     """One child process: what to run, as whom, where.
 
-    `argv` is never given a secret; `pass_fds` are inherited under the same numbers.
+    `argv` and `env` never hold a secret; `pass_fds` are inherited under the same numbers.
     """
 
     name: str
@@ -134,31 +131,36 @@ class ChildSpec:
 class Child(Protocol):
     """A running child, in its own session."""
 
-    pid: int
+    @property
+    def pid(self) -> int:
+        """The process id."""
+        ...
 
     async def wait(self) -> int:
         """Wait for its end; return the exit status, negative for a signal."""
         ...
 
-    async def stop(self, timeout_s: float) -> None:
-        """SIGTERM its group, wait, then SIGKILL; returns when it has ended."""
+    async def stop(self, timeout_s: float, *, signal: int = ...) -> int:
+        """Signal it, wait, then SIGKILL its group; return the status when it has ended."""
+        ...
+
+    def lines(self) -> AsyncIterator[str]:
+        """Yield each line of its stdout and stderr until it closes them."""
         ...
 
 
 class Children(Protocol):
-    """Starts children (design of the serving path)."""
+    """Starts children, each in a cell."""
 
-    def make_cell(
-        self, *, binds: Sequence[tuple[str, str]], hide: str, shared: Cell | None = None
-    ) -> Cell:
-        """Make namespaces where `hide` is an empty tmpfs but for `binds` (source, target).
+    def make_cell(self, *, hide: str, binds: Sequence[tuple[str, str]]) -> Cell:
+        """Make a cell where `hide` is an empty directory but for `binds`.
 
-        With `shared`, the network namespace of that cell is used.
+        Each bind is (source, target below `hide`). All cells share one network namespace.
         """
         ...
 
-    def spawn(self, spec: ChildSpec, *, on_line: Callable[[str], None]) -> Child:
-        """Start a child; each line of its stdout and stderr goes to `on_line`."""
+    def spawn(self, spec: ChildSpec) -> Child:
+        """Start a child; call it in the main thread only."""
         ...
 
 
