@@ -22,9 +22,10 @@ __all__ = [
     "TEE_TYPE_TDX",
     "BodyKind",
     "Quote",
+    "TdReport",
     "parse_quote",
     "td_attribute_names",
-    "td_attributes_value",
+    "td_attributes_bytes",
 ]
 
 MAX_QUOTE_BYTES = 16384
@@ -69,28 +70,26 @@ BODY_BYTES = {BodyKind.TD10: 584, BodyKind.TD15: 648, BodyKind.TD15_EX: 885}
 BODY_TYPES = {2: BodyKind.TD10, 3: BodyKind.TD15, 4: BodyKind.TD15_EX}
 """Body type of a version 5 quote."""
 
-_TD10 = struct.Struct("<16s48s48sQQQ48s48s48s48s48s48s48s48s64s")
+_TD10 = struct.Struct("<16s48s48s8s8s8s48s48s48s48s48s48s48s48s64s")
 _TD15_TAIL = struct.Struct("<16s48s")
 _TD15_EX_HEAD = struct.Struct("<B32s")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Quote:
-    """The fields of a quote that a policy reads. Measurements are 48 bytes each.
+class TdReport:
+    """The body of a quote: what a policy reads. All fields are bytes as they stand there.
 
-    `tee_tcb_svn` is 16 bytes, `report_data` 64, `td_id` 32. The last four are None where the
-    body has no such field: the first two before TD 1.5, the others before TD 1.5-ex.
+    Measurements are 48 bytes each, `tee_tcb_svn` 16, the attributes and `xfam` 8 (little-endian
+    bit sets), `report_data` 64, `td_id` 32. The last four are None where the body has no such
+    field: the first two before TD 1.5, the others before TD 1.5-ex.
     """
 
-    version: int
-    tee_type: int
-    body: BodyKind
     tee_tcb_svn: bytes
     mr_seam: bytes
     mr_signer_seam: bytes
-    seam_attributes: int
-    td_attributes: int
-    xfam: int
+    seam_attributes: bytes
+    td_attributes: bytes
+    xfam: bytes
     mr_td: bytes
     mr_config_id: bytes
     mr_owner: bytes
@@ -101,6 +100,15 @@ class Quote:
     mr_service_td: bytes | None = None
     vmid: int | None = None
     td_id: bytes | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Quote(TdReport):
+    """A quote: its report, and the header fields that say how to read it."""
+
+    version: int
+    tee_type: int
+    body: BodyKind
 
 
 def parse_quote(data: bytes) -> Quote:
@@ -195,14 +203,15 @@ def _read_body(body: bytes, version: int, kind: BodyKind) -> Quote:
     )
 
 
-def td_attribute_names(value: int) -> tuple[str, ...]:
+def td_attribute_names(attributes: bytes) -> tuple[str, ...]:
     """Return the names of the set bits, lowest first; one without a name is `BIT_n`."""
+    value = int.from_bytes(attributes, "little")
     names = {bit: name for name, bit in TD_ATTRIBUTE_BITS.items()}
     return tuple(names.get(bit, f"BIT_{bit}") for bit in range(64) if value >> bit & 1)
 
 
-def td_attributes_value(names: Iterable[str]) -> int:
-    """Return the 64-bit value that has exactly the named bits set.
+def td_attributes_bytes(names: Iterable[str]) -> bytes:
+    """Return the 8 bytes that have exactly the named bits set.
 
     Raises: ValueError for a name that is not in `TD_ATTRIBUTE_BITS`.
     """
@@ -212,4 +221,4 @@ def td_attributes_value(names: Iterable[str]) -> int:
             known = ", ".join(TD_ATTRIBUTE_BITS)
             raise ValueError(f"unknown TD attribute {name!r}; known are {known}")
         value |= 1 << TD_ATTRIBUTE_BITS[name]
-    return value
+    return value.to_bytes(8, "little")
