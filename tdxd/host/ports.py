@@ -168,7 +168,7 @@ class KeyServer(Protocol):
     """The two calls of the key release protocol, to one server."""
 
     async def challenge(self) -> bytes:
-        """Return a token.
+        """Return an encoded `ChallengeResponse`: a token, and which key will sign.
 
         Raises: UnreachableError.
         """
