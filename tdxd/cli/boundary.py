@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
 
-from tdxd.errors import TdxdError
+from typing import NoReturn
 
-__all__ = ["run", "show_error"]
+from tdxd.errors import TdxdError, UsageError
+
+__all__ = ["Parser", "run", "show_error"]
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are `UsageError`, with exit code 64 instead of 2."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UsageError."""
+        raise UsageError(message, hint=f"{self.prog} --help")
 
 
 def run(prog: str, main: Callable[[Sequence[str]], int]) -> int:
     """Run `main` on the command line's arguments and return the exit code.
 
-    A `TdxdError` becomes `prog: error: …` and `prog: hint: …` on standard error and its own exit
-    code; Ctrl-C is 130, a closed pipe 141, as shells count signals. Anything else is a bug and keeps its
-    traceback.
+    A `TdxdError` becomes `prog: error: …` and `prog: hint: …` on standard error and its own
+    exit code; Ctrl-C is 130, a closed pipe 141, as shells count signals. Anything else is a
+    bug and keeps its traceback.
     """
     try:
         code = main(sys.argv[1:])

@@ -143,9 +143,9 @@ class VolumeConfig:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class MapperConfig:
-    """How images are opened. `auto` takes `dm` where the kernel has a device mapper."""
+    """How images are opened: `memory` decrypts and verifies them into sealed memory."""
 
-    mapper: Literal["auto", "dm", "memory"] = "auto"
+    mapper: Literal["auto", "memory"] = "auto"
     memory_limit_bytes: int = 8 * 2**30
     """Largest image that the `memory` mapper takes; it costs that much RAM."""
 

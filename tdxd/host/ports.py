@@ -82,6 +82,10 @@ class Mapper(Protocol):
         """Say whether no wrong block was met since mapping (dm-verity's status)."""
         ...
 
+    def sweep(self) -> Sequence[str]:
+        """Close devices that a killed daemon left open; return their names."""
+        ...
+
 
 class Mounts(Protocol):
     """Mounts in the daemon's private mount namespace."""

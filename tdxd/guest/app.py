@@ -1,0 +1,192 @@
+"""The daemon's start and end: sockets, signals, watchdog, and the nursery of everything."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import os
+import shutil
+import signal
+import socket
+from collections.abc import Callable
+
+import trio
+
+from tdxd.core.config import Config, parse_address, parse_config
+from tdxd.errors import ConfigError, HostError, TdxdError
+from tdxd.guest import control, health
+from tdxd.guest.attest import Bundles
+from tdxd.guest.daemon import Daemon
+from tdxd.guest.events import Events
+from tdxd.guest.front import listen_tcp
+from tdxd.host import machine, routes
+from tdxd.host.ports import Host
+from tdxd.host.systemd import Notifier
+
+__all__ = ["check_machine", "fetch_bundles", "main", "read_config"]
+
+_SILENT_S = 30.0
+"""A reconciler that has not looked for this long hangs, unless an action is under way."""
+
+
+def read_config(path: str) -> Config:
+    """Read a TOML file and, beside it, `*.toml` of the directory `PATH.d` without suffix.
+
+    Raises: ConfigError.
+    """
+    names = [
+        path,
+        *sorted(glob.glob(glob.escape(path.removesuffix(".toml")) + ".d/*.toml")),
+    ]
+    files = []
+    for name in names:
+        try:
+            with open(name, encoding="utf-8") as file:
+                files.append((name, file.read()))
+        except (OSError, UnicodeDecodeError) as exc:
+            hint = "see man tdxd.toml, or name another with --config"
+            raise ConfigError(f"{name}: cannot be read: {exc}", hint=hint) from exc
+    return parse_config(files)
+
+
+def check_machine(config: Config) -> None:
+    """Refuse to start where secrets could leak or nothing proves the configuration.
+
+    Raises: ConfigError, naming the deliberate relaxation.
+    """
+    if not config.security.accept_unmeasured:
+        raise ConfigError(
+            "this configuration is unmeasured: no quote proves it to the key server",
+            hint="to try things out set security.accept_unmeasured = true",
+        )
+    swap = machine.swap_areas()
+    if swap and not config.security.accept_swap:
+        raise ConfigError(
+            f"this machine swaps to {', '.join(swap)}: keys and models could land there",
+            hint="swapoff -a, or to try things out set security.accept_swap = true",
+        )
+
+
+async def fetch_bundles(host: Host, config: Config, ids: tuple[str, ...]) -> Bundles:
+    """Run one key release exchange; loads gRPC and cryptography only now."""
+    from tdxd.guest import keyfetch
+
+    return await keyfetch.fetch_bundles(ids, config=config.key_release, host=host)
+
+
+async def main(
+    *,
+    config: Config,
+    load_config: Callable[[], Config],
+    host: Host,
+    notifier: Notifier,
+    sockets: dict[str, socket.socket],
+) -> None:
+    """Run the daemon until SIGTERM or SIGINT, then close everything in order.
+
+    Raises: HostError if an address or the control socket cannot be had.
+    """
+    events = Events()
+    runtime_dir = config.control.runtime_dir
+    control_socket = sockets.get("control") or control.listen(
+        config.control.socket, config.control.group
+    )
+    health_socket = None
+    if config.health.listen is not None:
+        health_socket = listen_tcp(parse_address(config.health.listen))
+    os.makedirs(os.path.join(runtime_dir, "volumes"), mode=0o755, exist_ok=True)
+    os.chmod(runtime_dir, 0o755)  # noqa: S103 — the serving user passes through; no secret here
+
+    async def fetch(current: Config, ids: tuple[str, ...]) -> Bundles:
+        return await fetch_bundles(host, current, ids)
+
+    async with trio.open_nursery() as nursery:
+        daemon = Daemon(
+            host=host,
+            config=config,
+            load_config=load_config,
+            fetch=fetch,
+            events=events,
+            nursery=nursery,
+        )
+        daemon.start()
+        nursery.start_soon(control.serve, control_socket, daemon, events)
+        if health_socket is not None:
+            nursery.start_soon(health.serve, health_socket, daemon)
+        nursery.start_soon(_watchdog, notifier, daemon)
+        nursery.start_soon(_status_text, notifier, daemon)
+        nursery.start_soon(_watch_routes, daemon)
+        events.emit("daemon.started", pid=os.getpid())
+        notifier.send(READY="1")
+        try:
+            await _signals(daemon, notifier)
+        finally:
+            with trio.CancelScope(shield=True):
+                notifier.send(STOPPING="1")
+                await daemon.stop()
+                await daemon.close()
+            nursery.cancel_scope.cancel()
+    events.emit("daemon.stopped")
+    if "control" not in sockets:
+        _unlink(config.control.socket)
+    shutil.rmtree(runtime_dir, ignore_errors=True)
+
+
+def _unlink(path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+async def _signals(daemon: Daemon, notifier: Notifier) -> None:
+    """Reload at SIGHUP; return at SIGTERM or SIGINT."""
+    wanted = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    with trio.open_signal_receiver(*wanted) as received:
+        async with trio.open_nursery() as nursery:
+            async for number in received:
+                daemon.events.emit(
+                    "signal.received", signal=signal.Signals(number).name
+                )
+                if number != signal.SIGHUP:
+                    nursery.cancel_scope.cancel()
+                    return
+                nursery.start_soon(_reload, daemon, notifier)
+
+
+async def _reload(daemon: Daemon, notifier: Notifier) -> None:
+    notifier.reloading()
+    try:
+        await daemon.reload()
+    except TdxdError as exc:
+        daemon.events.emit(
+            "config.reload_failed", level="error", error=exc.message, hint=exc.hint
+        )
+    notifier.send(READY="1")
+
+
+async def _watchdog(notifier: Notifier, daemon: Daemon) -> None:
+    """Ping the service manager while every reconciler beats."""
+    if notifier.watchdog_s is None:
+        return
+    while True:
+        oldest = min(daemon.beats())
+        if trio.current_time() - oldest < _SILENT_S:
+            notifier.send(WATCHDOG="1")
+        await trio.sleep(notifier.watchdog_s / 3)
+
+
+async def _status_text(notifier: Notifier, daemon: Daemon) -> None:
+    """Keep the line that `systemctl status` shows true."""
+    while True:
+        count = daemon.changes.count
+        ready, reasons, _code = daemon.readiness()
+        notifier.send(STATUS="serving" if ready else "; ".join(reasons))
+        await daemon.changes.after(count)
+
+
+async def _watch_routes(daemon: Daemon) -> None:
+    """Try again at once when a network may have come up."""
+    try:
+        async for _ in routes.gained():
+            daemon.network_came_up()
+    except HostError as exc:
+        daemon.events.emit("routes.not_watched", level="warning", error=exc.message)

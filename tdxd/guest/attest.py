@@ -1,0 +1,83 @@
+"""The attester: one quote for all volumes that wait for a key.
+
+Volumes that ask within a moment of each other share one exchange; the key server answers
+with a verdict for each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+
+import trio
+
+from tdxd.core.bundle import KeyBundle
+from tdxd.errors import TdxdError
+
+__all__ = ["Attester", "Bundles", "FetchBundles"]
+
+Bundles = Mapping[str, KeyBundle | TdxdError]
+"""A bundle or an error for each volume id."""
+FetchBundles = Callable[[tuple[str, ...]], Awaitable[Bundles]]
+"""Runs one exchange for these ids, which are sorted."""
+
+_GATHER_S = 0.05
+
+
+class Attester:
+    """Gathers requests for bundles and runs one exchange at a time."""
+
+    def __init__(self, fetch: FetchBundles) -> None:
+        self._fetch = fetch
+        self._waiting: dict[
+            str, list[trio.MemorySendChannel[KeyBundle | TdxdError]]
+        ] = {}
+        self._asked = trio.Event()
+
+    async def bundle(self, volume_id: str) -> KeyBundle:
+        """Return the bundle of a volume, from the next exchange.
+
+        Raises: KeyReleaseError, EvidenceError.
+        """
+        send, receive = trio.open_memory_channel[KeyBundle | TdxdError](1)
+        waiting = self._waiting.setdefault(volume_id, [])
+        waiting.append(send)
+        self._asked.set()
+        try:
+            answer = await receive.receive()
+        finally:
+            if send in waiting:
+                waiting.remove(send)
+        if isinstance(answer, TdxdError):
+            raise answer
+        return answer
+
+    async def run(self) -> None:
+        """Serve requests until cancelled."""
+        while True:
+            await self._asked.wait()
+            await trio.sleep(_GATHER_S)
+            self._asked = trio.Event()
+            batch = {key: asked for key, asked in self._waiting.items() if asked}
+            self._waiting = {}
+            if batch:
+                await self._exchange(batch)
+
+    async def _exchange(
+        self, batch: dict[str, list[trio.MemorySendChannel[KeyBundle | TdxdError]]]
+    ) -> None:
+        ids = tuple(sorted(batch))
+        answers: Bundles
+        try:
+            answers = await self._fetch(ids)
+        except TdxdError as exc:
+            answers = dict.fromkeys(ids, exc)
+        for volume_id, asked in batch.items():
+            if not asked:  # nobody waits any more: the key must not stay in memory
+                _forget(answers[volume_id])
+            for send in asked:
+                send.send_nowait(answers[volume_id])
+
+
+def _forget(answer: KeyBundle | TdxdError) -> None:
+    if isinstance(answer, KeyBundle):
+        answer.secret.wipe()

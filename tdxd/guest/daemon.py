@@ -1,0 +1,280 @@
+"""The daemon's state and what may be asked of it: the verbs behind `tdxctl`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import trio
+
+from tdxd.core.config import Config, VolumeConfig
+from tdxd.core.plan import VolumeState
+from tdxd.errors import ConfigError, MissingError, NotReadyError, UsageError
+from tdxd.guest import report
+from tdxd.guest.attest import Attester, Bundles
+from tdxd.guest.changes import Changes
+from tdxd.guest.events import Events
+from tdxd.guest.reconciler import VolumeReconciler
+from tdxd.guest.server import ServedVolume
+from tdxd.guest.serving import ServingReconciler
+from tdxd.host import clock, images
+from tdxd.host.ports import Host
+
+__all__ = ["Daemon"]
+
+_STOP_DEADLINE_S = 50.0
+"""Within systemd's TimeoutStopSec of the unit, which is 60 s."""
+
+
+class Daemon:
+    """All reconcilers of one daemon. Volumes are keyed by id; each opens one generation."""
+
+    def __init__(
+        self,
+        *,
+        host: Host,
+        config: Config,
+        load_config: Callable[[], Config],
+        fetch: Callable[[Config, tuple[str, ...]], Awaitable[Bundles]],
+        events: Events,
+        nursery: trio.Nursery,
+    ) -> None:
+        self.config = config
+        self.events = events
+        self.changes = Changes()
+        self.started = clock.wall_clock()
+        self.stopping = False
+        self._host = host
+        self._load_config = load_config
+        self._nursery = nursery
+        self._fetch = fetch
+        self._attester = Attester(self._fetch_bundles)
+        self._volumes: list[VolumeReconciler] = []
+        self.serving = ServingReconciler(
+            host=host,
+            config=config,
+            changes=self.changes,
+            events=events,
+            volumes=self._served,
+            nursery=nursery,
+        )
+        self._serving_done = trio.Event()
+
+    # --- life ---
+
+    def start(self) -> None:
+        """Start the attester and every reconciler in the nursery."""
+        self._nursery.start_soon(self._attester.run)
+        self._nursery.start_soon(self._run_serving)
+        for spec in self.config.volume:
+            self._add(spec)
+
+    async def _fetch_bundles(self, ids: tuple[str, ...]) -> Bundles:
+        """Ask under the config of now: a reload may have changed the servers."""
+        return await self._fetch(self.config, ids)
+
+    async def _run_serving(self) -> None:
+        await self.serving.run()
+        self._serving_done.set()
+
+    def _add(self, spec: VolumeConfig) -> None:
+        volume = VolumeReconciler(
+            spec,
+            host=self._host,
+            release=self.config.key_release,
+            attester=self._attester,
+            changes=self.changes,
+            events=self.events,
+            directory=os.path.join(self.config.control.runtime_dir, "volumes"),
+            in_use=lambda one: self.serving.uses(one.spec.id, one.generation),
+        )
+        self._volumes.append(volume)
+        self._nursery.start_soon(self._run_volume, volume)
+
+    async def _run_volume(self, volume: VolumeReconciler) -> None:
+        await volume.run()
+        self._volumes.remove(volume)
+        self.changes.ring()
+
+    def _served(self) -> tuple[ServedVolume, ...] | None:
+        """Return the volumes to serve; `None` while one is on its way and none must go."""
+        open_ = [one for one in self._volumes if one.wanted and one.mounted]
+        going = any(
+            not one.wanted and self.serving.uses(one.spec.id, one.generation)
+            for one in self._volumes
+        )
+        coming = any(one.wanted and not one.settled for one in self._volumes)
+        if coming and not going:
+            return None
+        return tuple(
+            ServedVolume(
+                volume_id=one.spec.id,
+                generation=one.generation or 0,
+                mount_point=one.mount_point,
+            )
+            for one in sorted(open_, key=lambda item: item.spec.id)
+        )
+
+    async def stop(self) -> None:
+        """Close everything in order: front, model server, mounts, mappings, loop devices."""
+        self.stopping = self.serving.stopping = True
+        for volume in self._volumes:
+            volume.want(mounted=False, leave=True)
+        self.changes.ring()
+        with trio.move_on_after(_STOP_DEADLINE_S):
+            await self._serving_done.wait()
+            while self._volumes:
+                await self.changes.after(self.changes.count)
+
+    async def close(self) -> None:
+        """Close whatever `stop` could not; never raises for what is already gone."""
+        await self.serving.close()
+        for volume in self._volumes:
+            await volume.close()
+
+    def beats(self) -> list[float]:
+        """Return when each reconciler last looked, on trio's clock."""
+        return [self.serving.beat_s, *(one.beat_s for one in self._volumes)]
+
+    def network_came_up(self) -> None:
+        """Try again at once where a network may have been missing."""
+        for volume in self._volumes:
+            volume.network_came_up()
+
+    # --- looking ---
+
+    def status(self) -> dict[str, Any]:
+        """Return the whole status."""
+        return report.status(
+            config=self.config,
+            started=self.started,
+            pid=os.getpid(),
+            mapper=self._host.mapper.name,
+            volumes=self._volumes,
+            serving=self.serving,
+        )
+
+    def readiness(self) -> tuple[bool, list[str], int]:
+        """Return (ready, reasons why not, exit code)."""
+        ready, reasons = report.readiness(self.config, self._volumes, self.serving)
+        code = report.failure_exit_code(self._volumes, self.serving)
+        return ready, reasons, 0 if ready else code
+
+    def settled(self) -> bool:
+        """Say whether nothing is on its way."""
+        volumes = all(one.settled and not one.leaving for one in self._volumes)
+        return volumes and self.serving.settled
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Wait until a condition of the daemon holds."""
+        while True:
+            count = self.changes.count
+            if condition():
+                return
+            await self.changes.after(count)
+
+    # --- changing ---
+
+    def volume(self, volume_id: str) -> VolumeReconciler:
+        """Return the reconciler of a volume.
+
+        Raises: UsageError, with the known ids.
+        """
+        for one in self._volumes:
+            if one.spec.id == volume_id and not one.leaving:
+                return one
+        known = " ".join(one.spec.id for one in self._volumes) or "none"
+        raise UsageError(
+            f"no volume {volume_id!r}", hint=f"configured volumes: {known}"
+        )
+
+    async def mount(self, volume_id: str) -> None:
+        """Want a volume mounted until the next reload; return when it is, or rests.
+
+        Raises: what keeps it from being mounted.
+        """
+        one = self.volume(volume_id)
+        if not images.candidates(one.spec.image):
+            text = f"volume {volume_id}: no file matches {one.spec.image}"
+            raise MissingError(text, hint="copy the image there")
+        one.want(mounted=True)
+        one.retry_now()
+        await self.until(
+            lambda: one.mounted or one.failure is not None or not one.wanted
+        )
+        if one.failure is not None and not one.mounted:
+            raise one.failure.error
+
+    async def unmount(self, volume_id: str) -> None:
+        """Want a volume closed until the next reload; return when it is."""
+        one = self.volume(volume_id)
+        one.want(mounted=False)
+        await self.until(lambda: one.state is VolumeState.ABSENT or one.wanted)
+
+    async def retry(self, volume_id: str | None) -> None:
+        """Forget failures and try again now; without an id, all and serving, too."""
+        chosen = [self.volume(volume_id)] if volume_id else list(self._volumes)
+        for one in chosen:
+            one.retry_now()
+        self.serving.retry_now()
+
+    async def reload(self) -> None:
+        """Read the config anew and return when it is carried out.
+
+        Raises: ConfigError, and nothing has changed; NotReadyError if something required did
+        not come up.
+        """
+        config = self._load_config()
+        self._check_unchangeable(config)
+        self.config = self.serving.config = config
+        for one in self._volumes:
+            same = config.volume_named(one.spec.id) == one.spec
+            one.want(mounted=same, leave=not same)
+            one.retry_now()
+        self.serving.retry_now()
+        self.events.emit("config.reloaded", volumes=len(config.volume))
+        await self.until(lambda: not any(one.leaving for one in self._volumes))
+        have = {one.spec.id for one in self._volumes}
+        for spec in config.volume:
+            if spec.id not in have:
+                self._add(spec)
+        await self._settle()
+
+    async def _settle(self) -> None:
+        """Wait until all rests, for what is mounted is served only after the next look.
+
+        Raises: NotReadyError, naming what did not come up.
+        """
+        await self.until(
+            lambda: self.settled() and (self.readiness()[0] or self._failing())
+        )
+        ready, reasons, _code = self.readiness()
+        if not ready:
+            raise NotReadyError(
+                "reloaded, but not ready: " + "; ".join(reasons), hint="tdxctl status"
+            )
+
+    def _failing(self) -> bool:
+        """Say whether what is not ready has an error to show, or no file to open."""
+        volumes = [
+            one for one in self._volumes if one.spec.required and not one.mounted
+        ]
+        absent = VolumeState.ABSENT
+        if volumes:
+            return all(
+                one.failure is not None or one.state is absent for one in volumes
+            )
+        return self.serving.failure is not None
+
+    def _check_unchangeable(self, config: Config) -> None:
+        """Refuse what only a restart can change.
+
+        Raises: ConfigError.
+        """
+        for name in ("control", "health", "mapping", "platform"):
+            if getattr(config, name) != getattr(self.config, name):
+                raise ConfigError(
+                    f"[{name}] changed: a reload cannot change it",
+                    hint="restart tdxd to apply it",
+                )

@@ -1,0 +1,50 @@
+"""What happened: one event per transition, to the log and to whoever watches.
+
+Event names are past-tense dotted words. Fields are an allow-list by construction: each `emit`
+names its own, and none is ever key material.
+"""
+
+from __future__ import annotations
+
+import collections
+
+import structlog
+
+from tdxd.guest.changes import Changes
+from tdxd.host.clock import wall_clock
+
+__all__ = ["Events"]
+
+_KEPT = 1000
+
+
+class Events:
+    """The last thousand events, numbered; `heard` rings for each."""
+
+    def __init__(self) -> None:
+        self._log = structlog.get_logger()
+        self._kept: collections.deque[dict[str, object]] = collections.deque(
+            maxlen=_KEPT
+        )
+        self._count = 0
+        self.heard = Changes()
+
+    def emit(self, event: str, *, level: str = "info", **fields: object) -> None:
+        """Log an event and keep it."""
+        self._count += 1
+        shown = {key: value for key, value in fields.items() if value not in (None, "")}
+        self._kept.append(
+            {
+                "seq": self._count,
+                "time": wall_clock(),
+                "level": level,
+                "event": event,
+                **shown,
+            }
+        )
+        getattr(self._log, level)(event, **shown)
+        self.heard.ring()
+
+    def after(self, sequence: int) -> list[dict[str, object]]:
+        """Return the kept events numbered above `sequence`, oldest first."""
+        return [item for item in self._kept if int(str(item["seq"])) > sequence]

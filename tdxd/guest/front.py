@@ -1,0 +1,163 @@
+"""The TLS front as a child: HAProxy on sockets that the daemon owns."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import socket
+
+from tdxd.core.config import Address, ServingConfig, parse_address
+from tdxd.errors import HostError, NotReadyError
+from tdxd.host import content, haproxy
+from tdxd.host.ports import Cell, Child, ChildSpec, Host
+
+__all__ = ["Front", "listen_tcp", "start_front"]
+
+_BACKLOG = 1024
+_EXIT_S = 3.0
+
+
+def listen_tcp(address: Address) -> socket.socket:
+    """Return a listening TCP socket; `[::]` takes IPv4 as well.
+
+    Raises: HostError, naming the address, with a hint if it is in use.
+    """
+    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        sock.bind((address.host, address.port))
+        sock.listen(_BACKLOG)
+    except OSError as exc:
+        sock.close()
+        used = exc.errno == errno.EADDRINUSE
+        hint = f"another program uses port {address.port}: ss -ltnp" if used else ""
+        raise HostError.of("listen on", str(address), exc, hint=hint) from exc
+    sock.setblocking(False)
+    return sock
+
+
+class Front:
+    """A running front. `key` names its settings, `active` the slot it routes to."""
+
+    def __init__(
+        self,
+        *,
+        key: str,
+        active: str,
+        child: Child,
+        cell: Cell,
+        api: haproxy.RuntimeApi,
+    ) -> None:
+        self.key, self.active, self.child = key, active, child
+        self._cell = cell
+        self._api = api
+
+    async def switch(self, slot: str) -> None:
+        """Route new streams to `slot` and none to the other.
+
+        Raises: NotReadyError.
+        """
+        other = "b" if slot == "a" else "a"
+        await self._api.activate(slot, others=(other,))
+        self.active = slot
+
+    async def forget(self, slot: str) -> None:
+        """Take a slot out of rotation whose server is gone.
+
+        Raises: NotReadyError.
+        """
+        await self._api.disable(slot)
+
+    async def streams(self, slot: str) -> int:
+        """Return how many streams go to a slot.
+
+        Raises: NotReadyError.
+        """
+        return await self._api.streams(slot)
+
+    async def stop(self, drain_s: float) -> None:
+        """Let open streams end within `drain_s`, then end the process."""
+        await self.child.stop(drain_s + _EXIT_S, signal=signal.SIGUSR1)
+        self._cell.close()
+
+
+def start_front(
+    *,
+    host: Host,
+    config: ServingConfig,
+    runtime_dir: str,
+    listener: socket.socket,
+    certificate: bytes,
+    key: str,
+    active: str,
+) -> Front:
+    """Start HAProxy on the listener with a certificate that stays in memory.
+
+    Raises: HostError; nothing is left running.
+    """
+    directory = os.path.join(runtime_dir, "front")
+    serve_dir = os.path.join(runtime_dir, "serve")
+    os.makedirs(directory, mode=0o755, exist_ok=True)
+    api = haproxy.RuntimeApi(os.path.join(directory, "admin.sock"))
+    admin = api.listen()
+    certificate_fd = haproxy.secret_memfd("tdxd:certificate", certificate)
+    cell: Cell | None = None
+    try:
+        spec = haproxy.FrontSpec(
+            grpc_fd=listener.fileno(),
+            certificate_fd=certificate_fd,
+            admin_fd=admin.fileno(),
+            serve_dir=serve_dir,
+            active=active,
+            drain_timeout_s=config.drain_timeout_s,
+        )
+        path = os.path.join(directory, "haproxy.cfg")
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(haproxy.configuration(spec))
+        os.chmod(path, 0o644)
+        cell = host.children.make_cell(
+            hide=runtime_dir, binds=[(serve_dir, serve_dir), (directory, directory)]
+        )
+        child = host.children.spawn(
+            ChildSpec(
+                name="front",
+                argv=(config.haproxy, "-db", "-f", path),
+                user=config.user,
+                cell=cell,
+                pass_fds=(listener.fileno(), certificate_fd, admin.fileno()),
+            )
+        )
+    except BaseException:
+        if cell is not None:
+            cell.close()
+        raise
+    finally:
+        admin.close()
+        os.close(certificate_fd)
+    return Front(key=key, active=active, child=child, cell=cell, api=api)
+
+
+def certificate_of(volume_id: str | None, mount_points: dict[str, str]) -> bytes:
+    """Return the certificate of the volume that supplies it.
+
+    Raises: NotReadyError if no volume is named, or it is not mounted; MissingError.
+    """
+    if volume_id is None:
+        raise NotReadyError(
+            "no volume supplies the front's certificate",
+            hint="name one in serving.tls_volume",
+        )
+    if volume_id not in mount_points:
+        raise NotReadyError(
+            f"volume {volume_id}, which holds the certificate, is not mounted"
+        )
+    return content.read_certificate(mount_points[volume_id])
+
+
+def listen_address(config: ServingConfig) -> Address:
+    """Return the address of the gRPC front."""
+    return parse_address(config.listen)

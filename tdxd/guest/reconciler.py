@@ -1,0 +1,305 @@
+"""One volume, in one generation: from nothing to mounted, and back.
+
+The loop observes, asks `core.plan.plan_volume`, does the one action it names, and starts over.
+Whatever an action raises becomes the volume's failure, which the plan reads next.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable
+from typing import TypeVar
+
+import trio
+
+from tdxd.core import plan
+from tdxd.core.bundle import KeyBundle
+from tdxd.core.config import KeyReleaseConfig, VolumeConfig
+from tdxd.core.plan import Failure, VolumePlan, VolumeSeen, VolumeState
+from tdxd.errors import BadHeaderError, IntegrityError, MissingError, Retry, TdxdError
+from tdxd.guest.attest import Attester
+from tdxd.guest.changes import Changes
+from tdxd.guest.events import Events
+from tdxd.host import clock, images
+from tdxd.host.ports import Host, MappedVolume
+
+__all__ = ["VolumeReconciler"]
+
+T = TypeVar("T")
+
+_POLL_S = 2.0
+"""How often the world is looked at without being told of a change."""
+_CLOSE_RETRY_S = 1.0
+_SLOWEST_BYTES_PER_S = 10e6
+"""A disk slower than this while mapping counts as hanging."""
+
+
+class VolumeReconciler:
+    """Brings one volume to what is wanted of it. `run` returns when it is wanted no more."""
+
+    def __init__(
+        self,
+        spec: VolumeConfig,
+        *,
+        host: Host,
+        release: KeyReleaseConfig,
+        attester: Attester,
+        changes: Changes,
+        events: Events,
+        directory: str,
+        in_use: Callable[[VolumeReconciler], bool],
+    ) -> None:
+        self.spec = spec
+        self.wanted = True
+        self.leaving = False
+        """Whether `run` ends once nothing is open."""
+        self.state = VolumeState.ABSENT
+        self.since = clock.wall_clock()
+        self.mapped: MappedVolume | None = None
+        self.failure: Failure | None = None
+        self.image: str | None = None
+        self.beat_s = trio.current_time()
+        self._host, self._release = host, release
+        self._attester, self._changes, self._events = attester, changes, events
+        self._directory = directory
+        self._in_use = in_use
+        self._bundle: KeyBundle | None = None
+        self._stuck_until_s: float | None = None
+        self._stop_work = threading.Event()
+        self._work: trio.CancelScope | None = None
+
+    # --- what others see and ask ---
+
+    @property
+    def generation(self) -> int | None:
+        """The generation that is open, or `None` while no key has told it."""
+        opened = self._bundle or self.mapped
+        return opened.manifest.generation if opened else None
+
+    @property
+    def mount_point(self) -> str:
+        """Where this generation is, or would be, mounted."""
+        return os.path.join(self._directory, f"{self.spec.id}@{self.generation or 0}")
+
+    @property
+    def mounted(self) -> bool:
+        """Whether the volume is open for use."""
+        return self.state is VolumeState.MOUNTED
+
+    @property
+    def settled(self) -> bool:
+        """Whether it rests: reached what is wanted, or waits for time or for somebody."""
+        moving = (VolumeState.ATTESTING, VolumeState.KEYED, VolumeState.MAPPED)
+        return self.state not in (*moving, VolumeState.CLOSING)
+
+    def want(self, *, mounted: bool, leave: bool = False) -> None:
+        """Set what is wanted; an exchange or a mapping under way is given up if not."""
+        self.wanted = mounted and not leave
+        self.leaving = self.leaving or leave
+        if not self.wanted:
+            self._stop_work.set()
+            if self._work is not None:
+                self._work.cancel()
+        self._changes.ring()
+
+    def retry_now(self) -> None:
+        """Forget the last failure and its wait."""
+        self.failure = None
+        self._stuck_until_s = None
+        self._changes.ring()
+
+    def network_came_up(self) -> None:
+        """Try again at once if the last failure was one that a network mends."""
+        if self.failure is not None and self.failure.error.retry is Retry.BACKOFF:
+            self.failure = None
+            self._changes.ring()
+
+    # --- the loop ---
+
+    async def run(self) -> None:
+        """Observe, plan, act, until `leaving` and nothing is open."""
+        while True:
+            count, now_s = self._changes.count, trio.current_time()
+            self.beat_s = now_s
+            step = plan.plan_volume(
+                wanted=self.wanted, seen=self._observe(), now_s=now_s
+            )
+            self._show(step.state)
+            if not isinstance(step.action, plan.Wait):
+                self.beat_s = now_s + self._allowance_s(step.action)
+                await self._act(step)
+                continue
+            if self.leaving and step.state is VolumeState.ABSENT:
+                return
+            limit_s = now_s + _POLL_S
+            until_s = step.action.until_s
+            await self._changes.after(count, min(limit_s, until_s or limit_s))
+
+    def _allowance_s(self, action: plan.VolumeAction) -> float:
+        """Return how long an action may take before the watchdog must doubt this loop."""
+        match action:
+            case plan.Attest():
+                return self._release.timeout_s * len(self._release.servers)
+            case plan.Map() if self._bundle is not None:
+                return self._bundle.manifest.image_bytes / _SLOWEST_BYTES_PER_S
+        return 0.0
+
+    def _observe(self) -> VolumeSeen:
+        files = images.candidates(self.spec.image)
+        intact = self.mapped is None or self._host.mapper.intact(self.mapped)
+        if not intact and not self._failed_integrity():
+            error = IntegrityError(
+                f"volume {self.spec.id}: the image changed after it was opened",
+                hint="replace the image file, or: tdxctl retry " + self.spec.id,
+            )
+            self._fail(error, images.tag_of(files))
+        return VolumeSeen(
+            image_tag=images.tag_of(files),
+            keyed=self._bundle is not None,
+            mapped=self.mapped is not None,
+            mounted=self.mount_point in self._host.mounts.under(self._directory),
+            intact=intact,
+            in_use=self._in_use(self),
+            failure=self.failure,
+            stuck_until_s=self._stuck_until_s,
+        )
+
+    def _failed_integrity(self) -> bool:
+        return self.failure is not None and isinstance(
+            self.failure.error, IntegrityError
+        )
+
+    def _show(self, state: VolumeState) -> None:
+        if state is self.state:
+            return
+        self.state, self.since = state, clock.wall_clock()
+        if state is VolumeState.MOUNTED:
+            self.failure = None
+        self._events.emit(
+            f"volume.{state.value}", volume=self.spec.id, generation=self.generation
+        )
+        self._changes.ring()
+
+    async def _act(self, step: VolumePlan) -> None:
+        closing = step.state is VolumeState.CLOSING
+        tag = images.tag_of(images.candidates(self.spec.image))
+        try:
+            await self._do(step.action)
+        except TdxdError as exc:
+            if closing:
+                self._stuck_until_s = trio.current_time() + _CLOSE_RETRY_S
+                self._log_failure("volume.close_failed", exc)
+            elif self.wanted:
+                self._fail(exc, tag)
+        else:
+            self._stuck_until_s = None
+        self._changes.ring()
+
+    async def _do(self, action: plan.VolumeAction) -> None:
+        match action:
+            case plan.Attest():
+                await self._attest()
+            case plan.Map():
+                await self._map()
+            case plan.Mount():
+                await self._mount()
+            case plan.Unmount():
+                await self._blocking(
+                    lambda: self._host.mounts.unmount(self.mount_point)
+                )
+            case plan.Unmap():
+                await self._unmap()
+            case plan.ForgetKey():
+                self._forget_key()
+
+    def _fail(self, error: TdxdError, tag: tuple[int, ...] | None) -> None:
+        attempts = self.failure.attempts + 1 if self.failure else 1
+        now_s = trio.current_time()
+        self.failure = Failure(
+            error=error,
+            attempts=attempts,
+            since_s=now_s,
+            until_s=now_s + self._pause_s(error, attempts),
+            image_tag=tag,
+        )
+        self._log_failure("volume.failed", error, attempts=attempts)
+
+    def _pause_s(self, error: TdxdError, attempts: int) -> float:
+        if error.retry is Retry.SLOW:
+            return self._release.denied_retry_s * (1 + 2 * clock.jitter())
+        ceiling_s = self._release.backoff_max_s
+        return plan.backoff_s(attempts, ceiling_s=ceiling_s, jitter=clock.jitter())
+
+    def _log_failure(self, event: str, error: TdxdError, **more: object) -> None:
+        fields = {"code": error.code, "error": error.message, "hint": error.hint}
+        self._events.emit(event, level="warning", volume=self.spec.id, **fields, **more)
+
+    # --- the actions ---
+
+    async def _attest(self) -> None:
+        with trio.CancelScope() as self._work:
+            self._bundle = await self._attester.bundle(self.spec.id)
+        self._work = None
+
+    async def _map(self) -> None:
+        """Open the candidate that the manifest matches; the key is wiped either way."""
+        assert self._bundle is not None
+        bundle = self._bundle
+        self._stop_work.clear()
+        try:
+            self.mapped = await self._blocking(lambda: self._map_first(bundle))
+        finally:
+            self._forget_key()
+
+    def _map_first(self, bundle: KeyBundle) -> MappedVolume:
+        """Try each candidate; raise the last one's error if none fits."""
+        error: TdxdError = MissingError(
+            f"volume {self.spec.id}: no file matches {self.spec.image}",
+            hint="copy the image there",
+        )
+        for file in images.candidates(self.spec.image):
+            try:
+                mapped = self._host.mapper.map_volume(
+                    file.path, bundle, cancelled=self._stop_work.is_set
+                )
+            except (BadHeaderError, IntegrityError) as exc:
+                error = exc
+            else:
+                self.image = file.path
+                return mapped
+        raise error
+
+    async def _mount(self) -> None:
+        mapped = self.mapped
+        assert mapped is not None
+        await self._blocking(
+            lambda: self._host.mounts.mount_volume(mapped, self.mount_point)
+        )
+
+    async def _unmap(self) -> None:
+        mapped = self.mapped
+        assert mapped is not None
+        await self._blocking(lambda: self._host.mapper.unmap(mapped))
+        self.mapped = None
+
+    def _forget_key(self) -> None:
+        if self._bundle is not None:
+            self._bundle.secret.wipe()
+            self._bundle = None
+
+    async def _blocking(self, work: Callable[[], T]) -> T:
+        """Run a call that can take long in a thread; it is never abandoned."""
+        return await trio.to_thread.run_sync(work)
+
+    async def close(self) -> None:
+        """Close everything, whatever the state; for the daemon's last clean-up."""
+        self._stop_work.set()
+        self._forget_key()
+        with contextlib.suppress(TdxdError):
+            self._host.mounts.unmount(self.mount_point)
+        if self.mapped is not None:
+            with contextlib.suppress(TdxdError):
+                self._host.mapper.unmap(self.mapped)
+            self.mapped = None

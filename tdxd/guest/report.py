@@ -1,0 +1,145 @@
+"""What `status`, the health probes and the metrics show: plain values made from the reconcilers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import trio
+
+from tdxd import __version__
+from tdxd.core.config import Config
+from tdxd.core.plan import Failure, ServingState, VolumeState
+from tdxd.errors import EX_NOPERM, EX_OK, EX_TEMPFAIL, EX_UNAVAILABLE, Retry
+from tdxd.guest.reconciler import VolumeReconciler
+from tdxd.guest.serving import ServingReconciler
+
+__all__ = ["failure_exit_code", "readiness", "status"]
+
+
+def status(
+    *,
+    config: Config,
+    started: str,
+    pid: int,
+    mapper: str,
+    volumes: list[VolumeReconciler],
+    serving: ServingReconciler,
+) -> dict[str, Any]:
+    """Return the whole status; nothing in it is secret."""
+    ready, reasons = readiness(config, volumes, serving)
+    return {
+        "version": __version__,
+        "pid": pid,
+        "since": started,
+        "ready": ready,
+        "reasons": reasons,
+        "config": "unmeasured",
+        "swap_accepted": config.security.accept_swap,
+        "mapper": mapper,
+        "key_servers": list(config.key_release.servers),
+        "volumes": [_volume(one) for one in volumes],
+        "serving": _serving(config, serving),
+    }
+
+
+def readiness(
+    config: Config, volumes: list[VolumeReconciler], serving: ServingReconciler
+) -> tuple[bool, list[str]]:
+    """Return whether all that is required serves, and in words what does not."""
+    reasons = [
+        f"volume {one.spec.id} is {one.state.value}"
+        for one in volumes
+        if one.spec.required and not one.leaving and not one.mounted
+    ]
+    if config.serving is not None and serving.state is not ServingState.READY:
+        reasons.append(f"serving is {serving.state.value}")
+    return not reasons, reasons
+
+
+def failure_exit_code(
+    volumes: list[VolumeReconciler], serving: ServingReconciler
+) -> int:
+    """Return the exit code for "not ready": 77 denied, the error's own for failed, else 75."""
+    failures = [one.failure for one in volumes if one.spec.required and not one.mounted]
+    if serving.state is not ServingState.READY:
+        failures.append(serving.failure)
+    standing = [one.error for one in failures if one is not None]
+    for error in standing:
+        if error.retry in (Retry.OPERATOR, Retry.NEVER):
+            return error.exit_code
+    if any(error.retry is Retry.SLOW for error in standing):
+        return EX_NOPERM
+    return EX_TEMPFAIL if standing else EX_UNAVAILABLE
+
+
+def exit_code(ready: bool, code: int) -> int:  # noqa: FBT001 — reads as a table
+    """Return 0 when ready."""
+    return EX_OK if ready else code
+
+
+def _volume(one: VolumeReconciler) -> dict[str, Any]:
+    mapped = one.mapped
+    shown: dict[str, Any] = {
+        "id": one.spec.id,
+        "state": one.state.value,
+        "since": one.since,
+        "required": one.spec.required,
+        "wanted": one.wanted,
+        "generation": one.generation,
+        "kind": "sealed",
+        "image": one.image or one.spec.image,
+        "mapper": mapped.mapper if mapped else None,
+        "integrity": None,
+        "size_bytes": mapped.manifest.payload_bytes if mapped else None,
+        "device": mapped.device if mapped else None,
+        "error": _failure(one.failure),
+    }
+    if mapped is not None:
+        shown["integrity"] = "dm-verity" if mapped.mapper == "dm" else "verified"
+    if one.wanted and one.state is VolumeState.ABSENT:
+        text = f"no file matches {one.spec.image}"
+        hint = "copy the image there; it is opened by itself"
+        shown["error"] = {"code": "volume-missing", "message": text, "hint": hint}
+    return shown
+
+
+def _serving(config: Config, serving: ServingReconciler) -> dict[str, Any]:
+    front = serving.front
+    servers = [
+        {
+            "slot": one.slot,
+            "pid": one.child.pid,
+            "ready": one.ready,
+            "active": front is not None and front.active == one.slot,
+            "models": [
+                {"name": model.name, "versions": list(model.versions)}
+                for model in one.models.values()
+            ],
+            "last_line": one.lines[-1] if one.lines else None,
+        }
+        for one in serving.servers.values()
+    ]
+    steady = serving.state is ServingState.READY
+    return {
+        "state": serving.state.value if config.serving else "off",
+        "since": serving.since,
+        "listen": config.serving.listen if config.serving else None,
+        "front_pid": front.child.pid if front else None,
+        "servers": servers,
+        "restarts": serving.restarts,
+        "error": None if steady else _failure(serving.failure),
+    }
+
+
+def _failure(failure: Failure | None) -> dict[str, Any] | None:
+    if failure is None:
+        return None
+    wait_s = max(0.0, failure.until_s - trio.current_time())
+    final = failure.error.retry in (Retry.OPERATOR, Retry.NEVER)
+    return {
+        "code": failure.error.code,
+        "message": failure.error.message,
+        "hint": failure.error.hint,
+        "attempts": failure.attempts,
+        "retry_in_s": None if final else round(wait_s, 1),
+    }
