@@ -1,0 +1,221 @@
+"""The description of a simulated TD: `platform.toml`, written by `tdx-sim init`, edited by hand.
+
+A change takes effect when the next `tdx-sim` command reads the file: as when a TD boots anew.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import tomllib
+from pathlib import Path
+from typing import Literal
+
+from tdxd.core.decode import decode
+from tdxd.core.eventlog import Event
+from tdxd.core.quote import td_attributes_bytes
+from tdxd.errors import ConfigError, HostError
+
+__all__ = [
+    "DEFAULT_DESCRIPTION",
+    "Description",
+    "EventDescription",
+    "Faults",
+    "TcbDescription",
+    "TdDescription",
+    "load_description",
+    "parse_description",
+]
+
+EVENT_TYPES = {
+    "EV_NO_ACTION": 0x3,
+    "EV_SEPARATOR": 0x4,
+    "EV_EVENT_TAG": 0x6,
+    "EV_IPL": 0xD,
+    "EV_EFI_VARIABLE_DRIVER_CONFIG": 0x80000001,
+    "EV_EFI_VARIABLE_BOOT": 0x80000002,
+    "EV_EFI_BOOT_SERVICES_APPLICATION": 0x80000003,
+    "EV_EFI_ACTION": 0x80000007,
+    "EV_EFI_PLATFORM_FIRMWARE_BLOB2": 0x8000000A,
+    "EV_EFI_HANDOFF_TABLES2": 0x8000000B,
+}
+"""Source: TCG PC Client Platform Firmware Profile 1.06, section 10.4.1."""
+
+
+def _check_hex(name: str, value: str, size_bytes: int) -> None:
+    try:
+        found = len(bytes.fromhex(value))
+    except ValueError:
+        raise ValueError(f"{name} is not hex: {value[:20]!r}") from None
+    if found != size_bytes:
+        raise ValueError(f"{name} is {found} bytes long, not {size_bytes}")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class EventDescription:
+    """One measurement of the boot; its digest is SHA-384 of `data` as UTF-8."""
+
+    rtmr: int
+    type: str
+    data: str
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rtmr <= 3:
+            raise ValueError(f"rtmr is {self.rtmr}, not 0 to 3")
+        if self.type not in EVENT_TYPES:
+            known = ", ".join(EVENT_TYPES)
+            raise ValueError(f"unknown event type {self.type!r}; known are {known}")
+
+    def event(self) -> Event:
+        """Return the event as it stands in the log."""
+        data = self.data.encode()
+        return Event(
+            rtmr=self.rtmr,
+            type=EVENT_TYPES[self.type],
+            digest=hashlib.sha384(data).digest(),
+            data=data,
+        )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class TdDescription:
+    """The TD's fixed fields, in hex. With `rtmrs` set there is no event log."""
+
+    mrtd: str = hashlib.sha384(b"tdx-sim firmware 1").hexdigest()
+    mr_seam: str = hashlib.sha384(b"tdx-sim TDX module").hexdigest()
+    mr_config_id: str = "00" * 48
+    mr_owner: str = "00" * 48
+    mr_owner_config: str = "00" * 48
+    td_attributes: tuple[str, ...] = ("SEPT_VE_DISABLE",)
+    xfam: str = "e702060000000000"
+    tee_tcb_svn: str = "0d010400000000000000000000000000"
+    quote_version: Literal[4, 5] = 4
+    rtmrs: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("mrtd", "mr_seam", "mr_config_id", "mr_owner", "mr_owner_config"):
+            _check_hex(name, getattr(self, name), 48)
+        _check_hex("xfam", self.xfam, 8)
+        _check_hex("tee_tcb_svn", self.tee_tcb_svn, 16)
+        td_attributes_bytes(self.td_attributes)
+        if len(self.rtmrs) not in (0, 4):
+            raise ValueError(f"rtmrs has {len(self.rtmrs)} entries, not 4")
+        for value in self.rtmrs:
+            _check_hex("rtmrs", value, 48)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class TcbDescription:
+    """What the collateral says of the platform."""
+
+    status: str = "UpToDate"
+    advisories: tuple[str, ...] = ()
+    evaluation_data_number: int = 20
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Faults:
+    """What goes wrong when a quote is asked for.
+
+    `quote`: "empty" is a quoting service that failed, "timeout" one that never answered (the
+    kernel's ETIMEDOUT), "no-provider" a kernel without TDX. `delay_s` is how long a quote takes.
+    """
+
+    quote: Literal["none", "empty", "timeout", "no-provider"] = "none"
+    delay_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.delay_s <= 60:
+            raise ValueError(f"delay_s is {self.delay_s}, not 0 to 60")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Description:
+    """The whole of `platform.toml`."""
+
+    td: TdDescription = TdDescription()
+    event: tuple[EventDescription, ...] = ()
+    tcb: TcbDescription = TcbDescription()
+    faults: Faults = Faults()
+
+    def __post_init__(self) -> None:
+        if self.td.rtmrs and self.event:
+            raise ValueError("give td.rtmrs or [[event]], not both")
+
+
+def parse_description(text: str, *, source: str) -> Description:
+    """Read the TOML text of a `platform.toml`; `source` starts every message.
+
+    Raises: ConfigError.
+    """
+    try:
+        mapping = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as exc:
+        raise ConfigError(f"{source}: {exc}") from exc
+    return decode(Description, mapping, source=source)
+
+
+def load_description(path: Path) -> Description:
+    """Read a `platform.toml`.
+
+    Raises: ConfigError, HostError.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as exc:
+        hint = f"make the platform first: tdx-sim init {path.parent}"
+        raise HostError.of("read", str(path), exc, hint=hint) from exc
+    except UnicodeDecodeError as exc:
+        raise ConfigError(f"{path}: not UTF-8 text") from exc
+    return parse_description(text, source=str(path))
+
+
+DEFAULT_DESCRIPTION = f"""\
+# A simulated TD. tdx-sim reads this file when it starts, as a TD boots.
+
+[td]
+mrtd = "{TdDescription().mrtd}"
+td_attributes = ["SEPT_VE_DISABLE"]   # add "DEBUG" to make a TD that no owner should trust
+mr_config_id = "{"00" * 48}"
+quote_version = 4                     # 5: with a TD 1.5 report
+# rtmrs = ["…", "…", "…", "…"]        # instead of the events below; then there is no event log
+
+# The boot, in order. Each event extends one RTMR with the SHA-384 of its data.
+[[event]]
+rtmr = 0
+type = "EV_EFI_PLATFORM_FIRMWARE_BLOB2"
+data = "virtual firmware volume 1"
+[[event]]
+rtmr = 0
+type = "EV_EFI_VARIABLE_DRIVER_CONFIG"
+data = "SecureBoot=1"
+[[event]]
+rtmr = 0
+type = "EV_SEPARATOR"
+data = ""
+[[event]]
+rtmr = 1
+type = "EV_EFI_BOOT_SERVICES_APPLICATION"
+data = "unified kernel image 1"
+[[event]]
+rtmr = 1
+type = "EV_EFI_ACTION"
+data = "Exit Boot Services Invocation"
+[[event]]
+rtmr = 2
+type = "EV_EVENT_TAG"
+data = "command line: root=/dev/dm-0 ro roothash=1"
+[[event]]
+rtmr = 2
+type = "EV_EVENT_TAG"
+data = "initial RAM disk 1"
+
+[tcb]
+status = "UpToDate"                   # or OutOfDate, ConfigurationNeeded, Revoked …
+advisories = []
+evaluation_data_number = 20
+
+[faults]
+quote = "none"                        # or empty, timeout, no-provider
+delay_s = 0.0
+"""
