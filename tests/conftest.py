@@ -9,7 +9,8 @@ from hypothesis import settings
 
 # Deterministic: the same examples in every run; `make fuzz` looks further.
 settings.register_profile("derandomize", derandomize=True, deadline=None)
-settings.load_profile("derandomize")
+settings.register_profile("fuzz", max_examples=20_000, deadline=None)
+settings.load_profile("fuzz" if os.environ.get("TDXD_FUZZ") else "derandomize")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

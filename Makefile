@@ -1,0 +1,44 @@
+# demo and test are the two commands; each does all of its own set-up on a bare Debian, as root.
+VENV := $(shell contrib/venv-dir)
+BIN := $(VENV)/bin
+PY := $(BIN)/python
+SOURCES := $(shell find tdxd -name '*.py' -o -name '*.proto')
+export PYTHONDONTWRITEBYTECODE =
+
+.PHONY: demo check test bench lint fuzz setup clean
+
+demo: $(VENV)/.installed
+	$(PY) contrib/demo/demo.py
+
+# Everything: static checks, tests, attacks. TensorFlow's tests run in a process of their own,
+# since tests without it load its message files through an empty package object.
+test: lint
+	rm -f .coverage .coverage.*
+	$(PY) -m coverage run -m pytest -m "not tensorflow"
+	$(PY) -m coverage run -m pytest -m tensorflow
+	$(PY) -m coverage combine --quiet
+	$(PY) -m coverage report --skip-covered --fail-under=80
+
+# The fast subset, for the inner loop.
+check: lint
+	$(PY) -m pytest -q -m "not tensorflow and not slow"
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check --quiet
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed
+	$(PY) -m tests.bench
+
+# A longer look by the property tests than `make test` takes.
+fuzz: $(VENV)/.installed
+	TDXD_FUZZ=1 $(PY) -m pytest -q tests/core
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt contrib/setup $(SOURCES)
+	contrib/setup $(VENV)
+
+clean:
+	rm -rf $(VENV) build .cache .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
