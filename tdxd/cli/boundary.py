@@ -6,7 +6,6 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-
 from typing import NoReturn
 
 from tdxd.errors import TdxdError, UsageError

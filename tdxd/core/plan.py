@@ -162,16 +162,11 @@ def plan_volume(*, wanted: bool, seen: VolumeSeen, now_s: float) -> VolumePlan:
         return _close(seen, now_s)
     if seen.mounted:
         return VolumePlan(VolumeState.MOUNTED, Wait())
-    failure = _standing(seen)
+    failure = _standing(seen, now_s)
+    if failure is not None and (seen.mapped or seen.keyed):
+        return _close(seen, now_s)  # a resting volume holds no key and no device
     if failure is not None:
-        if seen.mapped or seen.keyed:
-            return _close(seen, now_s)  # a resting volume holds no key and no device
-        if failure.error.retry is Retry.OPERATOR or failure.error.retry is Retry.NEVER:
-            return VolumePlan(VolumeState.FAILED, Wait())
-        if now_s < failure.until_s:
-            slow = failure.error.retry is Retry.SLOW
-            state = VolumeState.DENIED if slow else VolumeState.BACKOFF
-            return VolumePlan(state, Wait(failure.until_s))
+        return _rest(failure)
     if seen.mapped:
         return VolumePlan(VolumeState.MAPPED, Mount())
     if seen.keyed:
@@ -181,12 +176,28 @@ def plan_volume(*, wanted: bool, seen: VolumeSeen, now_s: float) -> VolumePlan:
     return VolumePlan(VolumeState.ATTESTING, Attest())
 
 
-def _standing(seen: VolumeSeen) -> Failure | None:
-    """Return the failure, unless a new file has made it void."""
+def _standing(seen: VolumeSeen, now_s: float) -> Failure | None:
+    """Return the failure that still keeps the volume from being tried."""
     failure = seen.failure
-    if failure is None or failure.error.retry is not Retry.OPERATOR:
-        return failure
-    return failure if failure.image_tag == seen.image_tag else None
+    if failure is None:
+        return None
+    match failure.error.retry:
+        case Retry.NEVER:
+            return failure
+        case Retry.OPERATOR:  # or a new file
+            return failure if failure.image_tag == seen.image_tag else None
+        case Retry.BACKOFF | Retry.SLOW:
+            return failure if now_s < failure.until_s else None
+
+
+def _rest(failure: Failure) -> VolumePlan:
+    match failure.error.retry:
+        case Retry.NEVER | Retry.OPERATOR:
+            return VolumePlan(VolumeState.FAILED, Wait())
+        case Retry.SLOW:
+            return VolumePlan(VolumeState.DENIED, Wait(failure.until_s))
+        case Retry.BACKOFF:
+            return VolumePlan(VolumeState.BACKOFF, Wait(failure.until_s))
 
 
 def _close(seen: VolumeSeen, now_s: float) -> VolumePlan:

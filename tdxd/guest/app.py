@@ -113,23 +113,30 @@ async def main(
         nursery.start_soon(control.serve, control_socket, daemon, events)
         if health_socket is not None:
             nursery.start_soon(health.serve, health_socket, daemon)
-        nursery.start_soon(_watchdog, notifier, daemon)
-        nursery.start_soon(_status_text, notifier, daemon)
-        nursery.start_soon(_watch_routes, daemon)
-        events.emit("daemon.started", pid=os.getpid())
-        notifier.send(READY="1")
-        try:
-            await _signals(daemon, notifier)
-        finally:
-            with trio.CancelScope(shield=True):
-                notifier.send(STOPPING="1")
-                await daemon.stop()
-                await daemon.close()
-            nursery.cancel_scope.cancel()
+        await _until_told_to_stop(daemon, notifier, nursery)
     events.emit("daemon.stopped")
     if "control" not in sockets:
         _unlink(config.control.socket)
     shutil.rmtree(runtime_dir, ignore_errors=True)
+
+
+async def _until_told_to_stop(
+    daemon: Daemon, notifier: Notifier, nursery: trio.Nursery
+) -> None:
+    """Tell the service manager, wait for a signal, then close everything in order."""
+    nursery.start_soon(_watchdog, notifier, daemon)
+    nursery.start_soon(_status_text, notifier, daemon)
+    nursery.start_soon(_watch_routes, daemon)
+    daemon.events.emit("daemon.started", pid=os.getpid())
+    notifier.send(READY="1")
+    try:
+        await _signals(daemon, notifier)
+    finally:
+        with trio.CancelScope(shield=True):
+            notifier.send(STOPPING="1")
+            await daemon.stop()
+            await daemon.close()
+        nursery.cancel_scope.cancel()
 
 
 def _unlink(path: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
@@ -103,10 +104,10 @@ def start_front(
     serve_dir = os.path.join(runtime_dir, "serve")
     os.makedirs(directory, mode=0o755, exist_ok=True)
     api = haproxy.RuntimeApi(os.path.join(directory, "admin.sock"))
-    admin = api.listen()
-    certificate_fd = haproxy.secret_memfd("tdxd:certificate", certificate)
-    cell: Cell | None = None
-    try:
+    with contextlib.ExitStack() as stack:
+        admin = stack.enter_context(api.listen())
+        certificate_fd = haproxy.secret_memfd("tdxd:certificate", certificate)
+        stack.callback(os.close, certificate_fd)
         spec = haproxy.FrontSpec(
             grpc_fd=listener.fileno(),
             certificate_fd=certificate_fd,
@@ -115,30 +116,26 @@ def start_front(
             active=active,
             drain_timeout_s=config.drain_timeout_s,
         )
-        path = os.path.join(directory, "haproxy.cfg")
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(haproxy.configuration(spec))
-        os.chmod(path, 0o644)
-        cell = host.children.make_cell(
-            hide=runtime_dir, binds=[(serve_dir, serve_dir), (directory, directory)]
+        path = _write_configuration(directory, spec)
+        binds = [(serve_dir, serve_dir), (directory, directory)]
+        cell = host.children.make_cell(hide=runtime_dir, binds=binds)
+        child_spec = ChildSpec(
+            name="front",
+            argv=(config.haproxy, "-db", "-f", path),
+            user=config.user,
+            cell=cell,
+            pass_fds=(listener.fileno(), certificate_fd, admin.fileno()),
         )
-        child = host.children.spawn(
-            ChildSpec(
-                name="front",
-                argv=(config.haproxy, "-db", "-f", path),
-                user=config.user,
-                cell=cell,
-                pass_fds=(listener.fileno(), certificate_fd, admin.fileno()),
-            )
-        )
-    except BaseException:
-        if cell is not None:
-            cell.close()
-        raise
-    finally:
-        admin.close()
-        os.close(certificate_fd)
+        child = host.children.spawn(child_spec)
     return Front(key=key, active=active, child=child, cell=cell, api=api)
+
+
+def _write_configuration(directory: str, spec: haproxy.FrontSpec) -> str:
+    path = os.path.join(directory, "haproxy.cfg")
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(haproxy.configuration(spec))
+    os.chmod(path, 0o644)  # holds no secret, and the front runs under another uid
+    return path
 
 
 def certificate_of(volume_id: str | None, mount_points: dict[str, str]) -> bytes:

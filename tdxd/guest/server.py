@@ -136,11 +136,7 @@ def start_server(
         cell=cell,
         env={"TF_CPP_MIN_LOG_LEVEL": "1"},
     )
-    try:
-        child = host.children.spawn(spec)
-    except TdxdError:
-        cell.close()
-        raise
+    child = host.children.spawn(spec)
     return ModelServer(
         slot=slot,
         key=models_key(volumes, config),

@@ -164,7 +164,7 @@ class Children(Protocol):
         ...
 
     def spawn(self, spec: ChildSpec) -> Child:
-        """Start a child; call it in the main thread only."""
+        """Start a child; call it in the main thread only. If that fails the cell is closed."""
         ...
 
 

@@ -115,8 +115,8 @@ class CellChildren:
         assert threading.current_thread() is threading.main_thread()
         assert isinstance(spec.cell, netns.NamespaceCell)
         cell_fds = (spec.cell.mount_fd, spec.cell.net_fd)
-        argv = [*_enter(*cell_fds), *_drop(spec.user), "--", *spec.argv]
         try:
+            argv = [*_enter(*cell_fds), *_drop(spec.user), "--", *spec.argv]
             popen = subprocess.Popen(
                 argv,
                 stdin=subprocess.DEVNULL,
@@ -129,7 +129,11 @@ class CellChildren:
                 start_new_session=True,
             )
         except OSError as exc:
+            spec.cell.close()
             raise HostError.of("start", spec.name, exc) from exc
+        except HostError:
+            spec.cell.close()
+            raise
         return Process(spec.name, popen)
 
     def close(self) -> None:

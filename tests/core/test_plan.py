@@ -1,0 +1,312 @@
+"""The reconcilers' decisions: every state reaches its goal or a resting state."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tdxd.core import plan
+from tdxd.core.plan import (
+    Failure,
+    ServerSeen,
+    ServingGoal,
+    ServingSeen,
+    ServingState,
+    VolumeSeen,
+    VolumeState,
+    Wait,
+)
+from tdxd.errors import (
+    DeniedError,
+    IntegrityError,
+    NotReadyError,
+    TdxdError,
+    UnreachableError,
+)
+
+NOW = 1000.0
+TAG = (1, 2, 3)
+FULL = VolumeSeen(image_tag=TAG, mapped=True, mounted=True)
+
+ERRORS = [UnreachableError("x"), DeniedError("x"), IntegrityError("x")]
+
+
+def failure(error: TdxdError, *, until_s: float = NOW + 5, tag=TAG) -> Failure:
+    return Failure(error=error, attempts=1, until_s=until_s, since_s=NOW, image_tag=tag)
+
+
+def do(seen: VolumeSeen, action: plan.VolumeAction) -> VolumeSeen:
+    """What the world looks like after an action that succeeded."""
+    match action:
+        case plan.Attest():
+            return dataclasses.replace(seen, keyed=True)
+        case plan.Map():
+            return dataclasses.replace(seen, keyed=False, mapped=True)
+        case plan.Mount():
+            return dataclasses.replace(seen, mounted=True, failure=None)
+        case plan.Unmount():
+            return dataclasses.replace(seen, mounted=False)
+        case plan.Unmap():
+            return dataclasses.replace(seen, mapped=False, intact=True)
+        case plan.ForgetKey():
+            return dataclasses.replace(seen, keyed=False)
+    return seen
+
+
+@st.composite
+def volumes(draw) -> VolumeSeen:
+    mapped = draw(st.booleans())
+    error = draw(st.sampled_from([None, *ERRORS]))
+    until_s = draw(st.sampled_from([NOW - 1, NOW + 5]))
+    return VolumeSeen(
+        image_tag=draw(st.sampled_from([None, TAG, (9,)])),
+        keyed=draw(st.booleans()) and not mapped,
+        mapped=mapped,
+        mounted=mapped and draw(st.booleans()),
+        intact=not mapped or draw(st.booleans()),
+        in_use=draw(st.booleans()),
+        failure=failure(error, until_s=until_s) if error else None,
+    )
+
+
+RESTING = {
+    VolumeState.MOUNTED,
+    VolumeState.ABSENT,
+    VolumeState.BACKOFF,
+    VolumeState.DENIED,
+    VolumeState.FAILED,
+    VolumeState.CLOSING,
+}
+
+
+@given(volumes(), st.booleans())
+def test_every_volume_comes_to_rest(seen: VolumeSeen, wanted: bool) -> None:
+    for _ in range(10):
+        step = plan.plan_volume(wanted=wanted, seen=seen, now_s=NOW)
+        if isinstance(step.action, Wait):
+            assert step.state in RESTING
+            if step.state is VolumeState.CLOSING:
+                assert seen.in_use
+            return
+        seen = do(seen, step.action)
+    pytest.fail("no rest after ten actions")
+
+
+@given(volumes())
+def test_unwanted_volume_ends_closed_once_nobody_uses_it(seen: VolumeSeen) -> None:
+    seen = dataclasses.replace(seen, in_use=False)
+    for _ in range(10):
+        step = plan.plan_volume(wanted=False, seen=seen, now_s=NOW)
+        seen = do(seen, step.action)
+    assert step.state is VolumeState.ABSENT
+    assert (seen.keyed, seen.mapped, seen.mounted) == (False, False, False)
+
+
+@given(volumes(), st.booleans())
+def test_planning_twice_names_the_same_action(seen: VolumeSeen, wanted: bool) -> None:
+    first = plan.plan_volume(wanted=wanted, seen=seen, now_s=NOW)
+    assert plan.plan_volume(wanted=wanted, seen=seen, now_s=NOW) == first
+
+
+@given(volumes())
+def test_a_resting_volume_that_failed_holds_no_key_and_no_device(
+    seen: VolumeSeen,
+) -> None:
+    for _ in range(10):
+        step = plan.plan_volume(wanted=True, seen=seen, now_s=NOW)
+        seen = do(seen, step.action)
+    if step.state in {VolumeState.BACKOFF, VolumeState.DENIED, VolumeState.FAILED}:
+        assert (seen.keyed, seen.mapped) == (False, False)
+
+
+@pytest.mark.parametrize(
+    ("seen", "state", "action"),
+    [
+        (VolumeSeen(image_tag=None), VolumeState.ABSENT, Wait()),
+        (VolumeSeen(image_tag=TAG), VolumeState.ATTESTING, plan.Attest()),
+        (VolumeSeen(image_tag=TAG, keyed=True), VolumeState.KEYED, plan.Map()),
+        (VolumeSeen(image_tag=TAG, mapped=True), VolumeState.MAPPED, plan.Mount()),
+        (FULL, VolumeState.MOUNTED, Wait()),
+        (
+            VolumeSeen(image_tag=TAG, failure=failure(UnreachableError("x"))),
+            VolumeState.BACKOFF,
+            Wait(NOW + 5),
+        ),
+        (
+            VolumeSeen(image_tag=TAG, failure=failure(DeniedError("x"))),
+            VolumeState.DENIED,
+            Wait(NOW + 5),
+        ),
+        (
+            VolumeSeen(image_tag=TAG, failure=failure(IntegrityError("x"))),
+            VolumeState.FAILED,
+            Wait(),
+        ),
+        (
+            VolumeSeen(image_tag=(9,), failure=failure(IntegrityError("x"))),
+            VolumeState.ATTESTING,
+            plan.Attest(),
+        ),
+        (
+            VolumeSeen(image_tag=TAG, failure=failure(DeniedError("x"), until_s=NOW)),
+            VolumeState.ATTESTING,
+            plan.Attest(),
+        ),
+        (
+            dataclasses.replace(FULL, intact=False),
+            VolumeState.CLOSING,
+            plan.Unmount(),
+        ),
+        (
+            dataclasses.replace(FULL, intact=False, in_use=True),
+            VolumeState.CLOSING,
+            Wait(),
+        ),
+    ],
+)
+def test_wanted_volume(seen: VolumeSeen, state: VolumeState, action: object) -> None:
+    step = plan.plan_volume(wanted=True, seen=seen, now_s=NOW)
+    assert (step.state, step.action) == (state, action)
+
+
+def test_a_close_that_failed_waits_before_the_next_try() -> None:
+    seen = dataclasses.replace(FULL, stuck_until_s=NOW + 1)
+    step = plan.plan_volume(wanted=False, seen=seen, now_s=NOW)
+    assert step.action == Wait(NOW + 1)
+    later = plan.plan_volume(wanted=False, seen=seen, now_s=NOW + 1)
+    assert later.action == plan.Unmount()
+
+
+# --- serving ------------------------------------------------------------------
+
+GOAL = ServingGoal(models_key="m1", front_key="f1")
+
+
+def do_serving(
+    seen: ServingSeen, action: plan.ServingAction, goal: ServingGoal
+) -> ServingSeen:
+    def change(slot: str, **fields: object) -> ServingSeen:
+        servers = tuple(
+            dataclasses.replace(one, **fields) if one.slot == slot else one
+            for one in seen.servers
+        )
+        return dataclasses.replace(seen, servers=servers)
+
+    match action:
+        case plan.StartServer(slot):
+            assert slot not in {one.slot for one in seen.servers}
+            added = ServerSeen(slot=slot, models_key=goal.models_key)
+            return dataclasses.replace(seen, servers=(*seen.servers, added))
+        case plan.PollReady(slot):
+            return change(slot, ready=True)
+        case plan.StartFront(slot):
+            return dataclasses.replace(seen, front_key=goal.front_key, active=slot)
+        case plan.SwitchFront(slot):
+            return dataclasses.replace(seen, active=slot)
+        case plan.DrainServer(slot):
+            return change(slot, drained=True)
+        case plan.StopServer(slot):
+            left = tuple(one for one in seen.servers if one.slot != slot)
+            return dataclasses.replace(seen, servers=left)
+        case plan.StopFront():
+            return dataclasses.replace(seen, front_key=None, active=None)
+    return seen
+
+
+@st.composite
+def servings(draw) -> ServingSeen:
+    slots = draw(st.sampled_from([(), ("a",), ("b",), ("a", "b")]))
+    servers = tuple(
+        ServerSeen(
+            slot=slot,
+            models_key=draw(st.sampled_from(["m0", "m1", "m2"])),
+            ready=draw(st.booleans()),
+            drained=draw(st.booleans()),
+        )
+        for slot in slots
+    )
+    front = draw(st.sampled_from([None, "f0", "f1"]))
+    active = draw(st.sampled_from(["a", "b"])) if front else None
+    return ServingSeen(servers=servers, front_key=front, active=active)
+
+
+@given(servings())
+def test_serving_reaches_its_goal_from_everywhere(seen: ServingSeen) -> None:
+    for _ in range(15):
+        step = plan.plan_serving(GOAL, seen, NOW)
+        if isinstance(step.action, Wait):
+            break
+        seen = do_serving(seen, step.action, GOAL)
+    assert step.state is ServingState.READY
+    (server,) = seen.servers
+    assert (server.models_key, server.ready) == ("m1", True)
+    assert (seen.front_key, seen.active) == ("f1", server.slot)
+
+
+@given(servings())
+def test_serving_stops_from_everywhere_front_first(seen: ServingSeen) -> None:
+    for _ in range(5):
+        step = plan.plan_serving(None, seen, NOW)
+        if seen.front_key is not None:
+            assert step.action == plan.StopFront()
+        seen = do_serving(seen, step.action, GOAL)
+    assert step.state is ServingState.STOPPED
+    assert not seen.servers
+
+
+@given(servings())
+def test_the_front_never_leaves_a_ready_server_for_one_that_is_not(
+    seen: ServingSeen,
+) -> None:
+    for _ in range(15):
+        step = plan.plan_serving(GOAL, seen, NOW)
+        if isinstance(step.action, plan.SwitchFront | plan.StartFront):
+            (target,) = (one for one in seen.servers if one.slot == step.action.slot)
+            assert target.ready
+        if isinstance(step.action, plan.StopServer):
+            active = [
+                one for one in seen.servers if one.slot == seen.active and one.ready
+            ]
+            if active and step.action.slot == seen.active:
+                pytest.fail("stopped the server that the front routes to")
+        seen = do_serving(seen, step.action, GOAL)
+
+
+def test_serving_rests_after_a_failure_while_the_old_server_goes_on() -> None:
+    old = ServerSeen(slot="a", models_key="m0", ready=True)
+    seen = ServingSeen(
+        servers=(old,),
+        front_key="f1",
+        active="a",
+        failure=failure(NotReadyError("x")),
+    )
+    step = plan.plan_serving(GOAL, seen, NOW)
+    assert (step.state, step.action) == (ServingState.BACKOFF, Wait(NOW + 5))
+    later = plan.plan_serving(GOAL, seen, NOW + 5)
+    assert later.action == plan.StartServer("b")
+
+
+def test_serving_failed_for_good_waits_for_an_operator() -> None:
+    seen = ServingSeen(failure=failure(IntegrityError("x")))
+    assert plan.plan_serving(GOAL, seen, NOW).state is ServingState.FAILED
+
+
+# --- backoff ------------------------------------------------------------------
+
+
+@given(st.integers(1, 10_000), st.floats(0, 1, exclude_max=True), st.floats(1, 600))
+def test_backoff_stays_between_its_bounds(
+    attempts: int, jitter: float, ceiling_s: float
+) -> None:
+    pause_s = plan.backoff_s(attempts, ceiling_s=ceiling_s, jitter=jitter)
+    assert 0.2 <= pause_s <= ceiling_s
+
+
+def test_backoff_grows_to_its_ceiling() -> None:
+    tops = [plan.backoff_s(n, ceiling_s=60, jitter=0.999) for n in range(1, 10)]
+    assert all(one <= two for one, two in itertools.pairwise(tops))
+    assert tops[-1] == pytest.approx(60, rel=0.01)
