@@ -118,13 +118,17 @@ class Faults:
     """What goes wrong when a quote is asked for.
 
     `quote`: "empty" is a quoting service that failed, "timeout" one that never answered (the
-    kernel's ETIMEDOUT), "no-provider" a kernel without TDX. `delay_s` is how long a quote takes.
+    kernel's ETIMEDOUT), "no-provider" a kernel without TDX. The first `count` quotes fail so, or
+    all of them if it is 0. `delay_s` is how long a quote takes.
     """
 
     quote: Literal["none", "empty", "timeout", "no-provider"] = "none"
+    count: int = 0
     delay_s: float = 0.0
 
     def __post_init__(self) -> None:
+        if self.count < 0:
+            raise ValueError(f"count is {self.count}, less than 0")
         if not 0 <= self.delay_s <= 60:
             raise ValueError(f"delay_s is {self.delay_s}, not 0 to 60")
 
@@ -217,5 +221,6 @@ evaluation_data_number = 20
 
 [faults]
 quote = "none"                        # or empty, timeout, no-provider
+count = 0                             # so many quotes fail, then all is well; 0: all fail
 delay_s = 0.0
 """

@@ -30,7 +30,7 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509.oid import NameOID
 
 from tdxd.core.decode import decode
-from tdxd.errors import DataError, HostError
+from tdxd.errors import DataError, HostError, UsageError
 from tdxd.sim.sgx_extension import SGX_EXTENSION_OID, PckIdentity, sgx_extension
 
 __all__ = ["TCB_SIGNER_NAME", "Pki", "Signer", "load_pki", "make_pki", "save_pki"]
@@ -153,10 +153,17 @@ def make_crl(
 def save_pki(pki: Pki, directory: Path) -> None:
     """Write keys (0600) and certificates into a new directory (0700).
 
-    Raises: HostError, also if the directory exists.
+    Raises: HostError; UsageError if the directory exists.
     """
     try:
         directory.mkdir(mode=0o700, parents=True)
+    except FileExistsError:
+        hint = f"choose another directory, or remove {directory.parent}"
+        text = f"{directory.parent} holds a platform already"
+        raise UsageError(text, hint=hint) from None
+    except OSError as exc:
+        raise HostError.of("mkdir", str(directory), exc) from exc
+    try:
         for name in _NAMES:
             signer: Signer = getattr(pki, name)
             _write_private(directory / f"{name}.key", signer.key)

@@ -61,7 +61,7 @@ class SimPlatform:
 
         The directory gets the default `platform.toml`; `description` serves in memory only.
 
-        Raises: HostError, also if the directory holds a platform already.
+        Raises: HostError; UsageError if the directory holds a platform already.
         """
         pki = make_pki(_random_identity())
         if directory is not None:
