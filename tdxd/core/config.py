@@ -35,6 +35,14 @@ __all__ = [
 _SIGNING_KEY_PREFIX = "ed25519:"
 
 
+def _positive(record: object, *names: str) -> None:
+    for name in names:
+        value = getattr(record, name)
+        if not value > 0:
+            msg = f"{name} {value} is not greater than 0"
+            raise ValueError(msg)
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Address:
     """A TCP address: host (a name, or an address without brackets) and port 0-65535."""
@@ -274,11 +282,3 @@ def _merge(into: dict[str, object], table: dict[str, object]) -> None:
             have.extend(value)
         else:
             into[key] = value
-
-
-def _positive(record: object, *names: str) -> None:
-    for name in names:
-        value = getattr(record, name)
-        if not value > 0:
-            msg = f"{name} {value} is not greater than 0"
-            raise ValueError(msg)

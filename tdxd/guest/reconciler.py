@@ -90,9 +90,13 @@ class VolumeReconciler:
 
     @property
     def settled(self) -> bool:
-        """Whether it rests: reached what is wanted, or waits for time or for somebody."""
-        moving = (VolumeState.ATTESTING, VolumeState.KEYED, VolumeState.MAPPED)
-        return self.state not in (*moving, VolumeState.CLOSING)
+        """Whether it rests: reached what is wanted, or waits for time or for somebody.
+
+        Planned anew, so that it is true of what is wanted and seen now, not of the last look.
+        """
+        step = self._plan(trio.current_time())
+        closing = step.state is VolumeState.CLOSING
+        return isinstance(step.action, plan.Wait) and not closing
 
     def want(self, *, mounted: bool, leave: bool = False) -> None:
         """Set what is wanted; an exchange or a mapping under way is given up if not."""
@@ -136,6 +140,9 @@ class VolumeReconciler:
             limit_s = now_s + _POLL_S
             until_s = step.action.until_s
             await self._changes.after(count, min(limit_s, until_s or limit_s))
+
+    def _plan(self, now_s: float) -> VolumePlan:
+        return plan.plan_volume(wanted=self.wanted, seen=self._observe(), now_s=now_s)
 
     def _allowance_s(self, action: plan.VolumeAction) -> float:
         """Return how long an action may take before the watchdog must doubt this loop."""

@@ -80,8 +80,8 @@ class ServingReconciler:
 
     @property
     def settled(self) -> bool:
-        """Whether it rests."""
-        return self.state not in (ServingState.STARTING, ServingState.DRAINING)
+        """Whether it rests, planned anew from what is wanted and seen now."""
+        return isinstance(self._plan(trio.current_time()).action, plan.Wait)
 
     # --- the loop ---
 
@@ -90,7 +90,7 @@ class ServingReconciler:
         while True:
             count, now_s = self._changes.count, trio.current_time()
             self.beat_s = now_s
-            step = plan.plan_serving(self._goal(), self._observe(), now_s)
+            step = self._plan(now_s)
             self._show(step.state)
             if not isinstance(step.action, plan.Wait):
                 await self._act(step.action)
@@ -102,6 +102,9 @@ class ServingReconciler:
             await self._changes.after(
                 count, min(limit_s, step.action.until_s or limit_s)
             )
+
+    def _plan(self, now_s: float) -> plan.ServingPlan:
+        return plan.plan_serving(self._goal(), self._observe(), now_s)
 
     def _goal(self) -> ServingGoal | None:
         """Decide what should run; while volumes are still being opened, no more than runs now."""

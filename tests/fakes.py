@@ -1,0 +1,126 @@
+"""An in-memory kernel: the daemon's ports without root, loop devices or namespaces."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+
+from tdxd.core.bundle import KeyBundle, Manifest
+from tdxd.core.secret import Secret
+from tdxd.errors import BusyError, IntegrityError, MissingError, TdxdError
+from tdxd.host.ports import Cell, Child, ChildSpec, Host, MappedVolume
+
+__all__ = [
+    "FakeChildren",
+    "FakeMapper",
+    "FakeMounts",
+    "FakeTsm",
+    "fake_host",
+    "make_bundle",
+]
+
+
+def make_bundle(
+    volume_id: str = "model", generation: int = 1, *, blocks: int = 4
+) -> KeyBundle:
+    manifest = Manifest(
+        volume_id=volume_id,
+        generation=generation,
+        payload_offset_bytes=16 * 2**20,
+        data_blocks=blocks,
+        hash_blocks=1,
+        root_hash=b"r" * 32,
+        salt=b"s" * 32,
+    )
+    return KeyBundle(manifest=manifest, secret=Secret(b"k" * 64))
+
+
+@dataclasses.dataclass
+class FakeMapper:
+    """Opens any file whose content is `VOLUME@GENERATION`."""
+
+    name: str = "memory"
+    open: dict[str, MappedVolume] = dataclasses.field(default_factory=dict)
+    broken: set[str] = dataclasses.field(default_factory=set)
+    next_error: TdxdError | None = None
+    _count: int = 0
+
+    def map_volume(
+        self, image: str, bundle: KeyBundle, *, cancelled: Callable[[], bool]
+    ) -> MappedVolume:
+        del cancelled
+        assert not bundle.secret.wiped
+        if self.next_error is not None:
+            error, self.next_error = self.next_error, None
+            raise error
+        try:
+            with open(image, encoding="utf-8") as file:
+                content = file.read()
+        except FileNotFoundError as exc:
+            raise MissingError(f"{image}: not there") from exc
+        manifest = bundle.manifest
+        if content != f"{manifest.volume_id}@{manifest.generation}":
+            raise IntegrityError(f"{image}: not of this volume and generation")
+        self._count += 1
+        device = f"/dev/fake{self._count}"
+        self.open[device] = MappedVolume(
+            manifest=manifest, device=device, mapper="memory"
+        )
+        return self.open[device]
+
+    def unmap(self, mapped: MappedVolume) -> None:
+        self.open.pop(mapped.device, None)
+        self.broken.discard(mapped.device)
+
+    def intact(self, mapped: MappedVolume) -> bool:
+        return mapped.device not in self.broken
+
+    def sweep(self) -> Sequence[str]:
+        return ()
+
+
+@dataclasses.dataclass
+class FakeMounts:
+    table: dict[str, str] = dataclasses.field(default_factory=dict)
+    busy: set[str] = dataclasses.field(default_factory=set)
+
+    def mount_volume(self, mapped: MappedVolume, target: str) -> None:
+        self.table[target] = mapped.device
+
+    def unmount(self, target: str) -> None:
+        if target in self.busy:
+            raise BusyError(f"unmount {target}: in use")
+        self.table.pop(target, None)
+
+    def under(self, directory: str) -> tuple[str, ...]:
+        return tuple(point for point in self.table if point.startswith(directory + "/"))
+
+
+class FakeTsm:
+    def quote(self, report_data: bytes) -> bytes:
+        assert len(report_data) == 64
+        return b"quote" + report_data
+
+    def event_log(self) -> bytes:
+        return b""
+
+
+class FakeChildren:
+    """No child can be started: serving is tried with real ones."""
+
+    def make_cell(self, *, hide: str, binds: Sequence[tuple[str, str]]) -> Cell:
+        raise NotImplementedError
+
+    def spawn(self, spec: ChildSpec) -> Child:
+        raise NotImplementedError
+
+
+def fake_host() -> Host:
+    return Host(
+        tsm=FakeTsm(),
+        mapper=FakeMapper(),  # type: ignore[arg-type]  # name is a plain str here
+        mounts=FakeMounts(),
+        children=FakeChildren(),
+        random_bytes=os.urandom,
+    )
