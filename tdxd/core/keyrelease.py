@@ -26,6 +26,7 @@ __all__ = [
     "ANSWER_MAX_BYTES",
     "CHALLENGE_PATH",
     "NONCE_BYTES",
+    "PASSING_REASONS",
     "RELEASE_PATH",
     "REQUEST_MAX_BYTES",
     "SIGNATURE_BYTES",
@@ -241,6 +242,14 @@ class VerdictFields:
     generation: int
     status: int
     sealed_bundle: bytes
+
+
+PASSING_REASONS = frozenset({"token-expired", "collateral-unavailable", "quota"})
+"""Reasons of a denial that pass by themselves: tried again after a backoff, with a new challenge.
+
+Reasons are not signed, so a relay can turn one kind of denial into the other; that decides only
+when the guest asks again.
+"""
 
 
 def sealed_info(request_sha384: bytes, volume_id: str, generation: int) -> bytes:
