@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import select
 import signal
 import subprocess
@@ -53,7 +52,6 @@ def running_sim(directory: Path, *arguments: str | Path) -> Iterator[RunningSim]
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={"PATH": os.environ.get("PATH", "/usr/bin:/bin")},
     )
     sim = None
     try:
