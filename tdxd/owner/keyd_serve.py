@@ -1,0 +1,185 @@
+"""Runs the key server: reads its directory, listens, and ends in order at SIGTERM.
+
+One process on a port of its own, unless `share_port` lets several processes listen together
+(SO_REUSEPORT): dcap-qvl holds the GIL, so more cores need more processes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+from tdxd.core import keyrelease as protocol
+from tdxd.core.config import Address, parse_address
+from tdxd.errors import ConfigError, HostError
+from tdxd.owner.appraise import TrustedRoot, intel_root, load_root
+from tdxd.owner.collateral import CollateralCache
+from tdxd.owner.files import read_bytes
+from tdxd.owner.judge import Judge
+from tdxd.owner.kek import read_kek
+from tdxd.owner.keyd import Keyd, KeydSecrets
+from tdxd.owner.keyd_config import KeydConfig, read_config
+from tdxd.owner.keyd_init import ServerTls, read_secrets, read_tls
+from tdxd.owner.pcs import PcsSource, fetch_collateral
+from tdxd.owner.store import Store
+from tdxd.owner.volumes import Volumes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import grpc
+
+__all__ = ["make_keyd", "serve", "start_server"]
+
+_log: structlog.stdlib.BoundLogger = structlog.get_logger()
+
+_THREADS = 4
+_CALLS_MAX = 64
+"""Calls in work or waiting; the next one gets RESOURCE_EXHAUSTED."""
+_STOP_S = 5.0
+_PR_SET_DUMPABLE = 4
+
+
+def serve(directory: Path, *, share_port: bool = False) -> int:
+    """Serve until SIGTERM or SIGINT; prints `ready HOST:PORT` on standard output.
+
+    Raises: ConfigError, HostError.
+    """
+    _forbid_core_dumps()
+    config = read_config(directory)
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    with Store.open(directory) as store:
+        keyd = make_keyd(directory, config, store)
+        address = parse_address(config.listen)
+        server, port = start_server(
+            keyd, address, read_tls(directory), share_port=share_port
+        )
+        simulated = [root.file for root in config.root]
+        if simulated:
+            _log.warning("keyd.simulated_root_trusted", files=simulated)
+        bound = Address(address.host, port)
+        _log.info("keyd.started", listen=str(bound), simulated=bool(simulated))
+        sys.stdout.write(f"ready {bound}\n")
+        sys.stdout.flush()
+        stop.wait()
+        server.stop(_STOP_S).wait()
+        _log.info("keyd.stopped")
+    return 0
+
+
+def make_keyd(
+    directory: Path,
+    config: KeydConfig,
+    store: Store,
+    *,
+    clock: Callable[[], float] = time.time,
+) -> Keyd:
+    """Build the key server of a store directory.
+
+    Raises: ConfigError, HostError.
+    """
+    secrets = read_secrets(directory)
+    deployment = bytes.fromhex(config.deployment)
+    return Keyd(
+        store=store,
+        volumes=Volumes(store, read_kek(directory)),
+        judge=_judge(directory, config, secrets),
+        secrets=secrets,
+        deployment=deployment,
+        token_lifetime_s=config.token_lifetime_s,
+        clock=clock,
+        random_bytes=os.urandom,
+    )
+
+
+def _judge(directory: Path, config: KeydConfig, secrets: KeydSecrets) -> Judge:
+    roots: dict[TrustedRoot, CollateralCache] = {
+        intel_root(): _cache(
+            config, config.collateral.url, config.collateral.root_crl_url
+        )
+    }
+    for item in config.root:
+        path = directory / item.file
+        root = load_root(read_bytes(path), simulated=item.simulated, source=str(path))
+        roots[root] = _cache(config, item.collateral_url, None)
+    return Judge(
+        token_keys=secrets.token_keys,
+        deployment=bytes.fromhex(config.deployment),
+        signing_key_sha256=protocol.signing_key_id(
+            secrets.signing.public_key().public_bytes_raw()
+        ),
+        roots=roots,
+    )
+
+
+def _cache(config: KeydConfig, url: str, root_crl_url: str | None) -> CollateralCache:
+    source = PcsSource(
+        url=url, root_crl_url=root_crl_url, timeout_s=config.collateral.timeout_s
+    )
+    return CollateralCache(
+        lambda fmspc, ca: fetch_collateral(source, fmspc, ca),
+        refresh_s=config.collateral.refresh_s,
+    )
+
+
+def start_server(
+    keyd: Keyd, address: Address, tls: ServerTls, *, share_port: bool
+) -> tuple[grpc.Server, int]:
+    """Start answering; return the server and the port that it listens on.
+
+    Raises: HostError if the port is taken, ConfigError if the key does not fit the certificate.
+    """
+    import grpc
+
+    server = grpc.server(
+        ThreadPoolExecutor(_THREADS, thread_name_prefix="keyd"),
+        maximum_concurrent_rpcs=_CALLS_MAX,
+        options=[
+            ("grpc.so_reuseport", int(share_port)),
+            ("grpc.max_receive_message_length", protocol.REQUEST_MAX_BYTES),
+            ("grpc.max_concurrent_streams", _CALLS_MAX),
+        ],
+    )
+    # No (de)serialisers: requests are hashed exactly as they were received.
+    handlers = {
+        protocol.CHALLENGE_PATH.rpartition("/")[2]: keyd.challenge,
+        protocol.RELEASE_PATH.rpartition("/")[2]: keyd.release,
+    }
+    service = protocol.RELEASE_PATH.split("/")[1]
+    rpcs: dict[str, Any] = {
+        name: grpc.unary_unary_rpc_method_handler(handler)
+        for name, handler in handlers.items()
+    }
+    server.add_generic_rpc_handlers(
+        (grpc.method_handlers_generic_handler(service, rpcs),)
+    )
+    pair = (tls.key_pem, tls.certificate_pem)
+    try:
+        credentials = grpc.ssl_server_credentials([pair])
+        port = server.add_secure_port(str(address), credentials)
+    except RuntimeError as exc:
+        raise HostError(
+            "listen on", str(address), 0, hint="is the port in use?"
+        ) from exc
+    except ValueError as exc:
+        raise ConfigError(f"TLS certificate and key: {exc}") from exc
+    server.start()
+    return server, port
+
+
+def _forbid_core_dumps() -> None:
+    """Set PR_SET_DUMPABLE to 0 (prctl(2)): no core dump, and no ptrace by our own uid."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0) != 0:
+        raise HostError("prctl", "PR_SET_DUMPABLE", ctypes.get_errno())
