@@ -1,0 +1,137 @@
+"""Just enough of erofs to set file modes in an image that mkfs.erofs has made.
+
+mkfs.erofs keeps the modes it finds and has no option for others, and neither the owner's
+directory nor a copy of it must be touched: so the modes are set in the finished image. Reads
+the uncompressed layout that `mkfs.erofs -x-1` writes; anything else is refused.
+
+Source: Linux, fs/erofs/erofs_fs.h.
+"""
+
+from __future__ import annotations
+
+import stat
+import struct
+from collections.abc import Callable, Iterator
+
+from tdxd.errors import DataError
+
+__all__ = ["Patch", "normalised_modes", "superblock_checksum"]
+
+Read = Callable[[int, int], bytes]
+"""Returns exactly (offset, size) of the image."""
+Patch = tuple[int, bytes]
+"""Bytes to write at an offset of the image."""
+
+_BLOCK = 4096
+_SUPER_OFFSET = 1024
+_SUPER = struct.Struct("<IIIBBH24xII")
+"""magic, checksum, feature_compat, blkszbits, extslots, root_nid, …, meta_blkaddr, xattr_…"""
+_SUPER_MAGIC = 0xE0F5E1E2
+_COMPAT_CHECKSUM = 0x1
+_CHECKSUM_OFFSET = _SUPER_OFFSET + 4
+_INODE = struct.Struct("<HHHH")
+"""i_format, i_xattr_icount, i_mode, i_nlink (or reserved)."""
+_MODE_OFFSET = 4
+_SLOT_BYTES = 32
+_FLAT_PLAIN, _FLAT_INLINE = 0, 2
+_DIRENT = struct.Struct("<QHBB")
+"""nid, nameoff, file_type, reserved."""
+_PRIVATE = b"tls"
+_CRC32C_POLYNOMIAL = 0x82F63B78
+
+
+def normalised_modes(read: Read) -> Iterator[Patch]:
+    """Yield what sets every mode: files 0444, directories 0555, `tls/` 0600 and 0700.
+
+    Raises: DataError for a layout that mkfs.erofs does not write without compression.
+    """
+    magic, _sum, _compat, block_bits, _slots, root_nid, meta, _xattr = _SUPER.unpack(
+        read(_SUPER_OFFSET, _SUPER.size)
+    )
+    if magic != _SUPER_MAGIC or 1 << block_bits != _BLOCK:
+        raise DataError("the file system is not erofs with 4096-byte blocks")
+    base = meta * _BLOCK
+    pending: list[tuple[int, bool, bool]] = [(root_nid, False, True)]
+    seen: set[int] = set()
+    while pending:
+        nid, private, is_root = pending.pop()
+        if nid in seen:  # a hard link
+            continue
+        seen.add(nid)
+        offset = base + nid * _SLOT_BYTES
+        mode = _INODE.unpack(read(offset, _INODE.size))[2]
+        yield (
+            offset + _MODE_OFFSET,
+            _normal(mode, private=private).to_bytes(2, "little"),
+        )
+        if stat.S_ISDIR(mode):
+            for name, child in _entries(read, offset):
+                inside = private or (is_root and name == _PRIVATE)
+                pending.append((child, inside, False))
+
+
+def _normal(mode: int, *, private: bool) -> int:
+    kind = stat.S_IFMT(mode)
+    if kind == stat.S_IFDIR:
+        return kind | (0o700 if private else 0o555)
+    if kind == stat.S_IFREG:
+        return kind | (0o600 if private else 0o444)
+    if kind == stat.S_IFLNK:
+        return kind | 0o777
+    raise DataError(f"the file system holds a special file, mode {mode:o}")
+
+
+def _entries(read: Read, offset: int) -> Iterator[tuple[bytes, int]]:
+    """Yield (name, nid) of a directory, without `.` and `..`."""
+    for block in _blocks(read, offset):
+        if not block:
+            continue
+        count = _DIRENT.unpack_from(block)[1] // _DIRENT.size
+        entries = [
+            _DIRENT.unpack_from(block, index * _DIRENT.size) for index in range(count)
+        ]
+        ends = [entry[1] for entry in entries[1:]] + [len(block)]
+        for (nid, start, _kind, _reserved), end in zip(entries, ends, strict=True):
+            name = block[start:end].split(b"\0")[0]
+            if name not in (b".", b".."):
+                yield name, nid
+
+
+def _blocks(read: Read, offset: int) -> Iterator[bytes]:
+    """Yield the data of a directory block by block; the tail may stand behind its inode."""
+    layout, xattrs, _mode, _nlink = _INODE.unpack(read(offset, _INODE.size))
+    extended, kind = layout & 1, layout >> 1 & 7
+    if kind not in (_FLAT_PLAIN, _FLAT_INLINE) or xattrs:
+        raise DataError(f"the file system has a directory of layout {kind}")
+    size = int.from_bytes(read(offset + 8, 8 if extended else 4), "little")
+    first = int.from_bytes(read(offset + 16, 4), "little")
+    whole, tail = divmod(size, _BLOCK)
+    for index in range(whole):
+        yield read((first + index) * _BLOCK, _BLOCK)
+    if tail and kind == _FLAT_INLINE:
+        yield read(offset + (64 if extended else 32), tail)
+    elif tail:
+        yield read((first + whole) * _BLOCK, tail)
+
+
+def superblock_checksum(first_block: bytes) -> Patch | None:
+    """Return what makes the superblock's checksum right; `None` if it has none.
+
+    `first_block` are the 4096 bytes of block 0, with all other patches applied.
+    """
+    area = bytearray(first_block[_SUPER_OFFSET:_BLOCK])
+    compat = _SUPER.unpack_from(area)[2]
+    if not compat & _COMPAT_CHECKSUM:
+        return None
+    area[4:8] = bytes(4)
+    return _CHECKSUM_OFFSET, _crc32c(bytes(area)).to_bytes(4, "little")
+
+
+def _crc32c(data: bytes) -> int:
+    """CRC-32C from all ones, without the final inversion: as the kernel's crc32c(~0, …)."""
+    value = 0xFFFFFFFF
+    for byte in data:
+        value ^= byte
+        for _ in range(8):
+            value = value >> 1 ^ (_CRC32C_POLYNOMIAL if value & 1 else 0)
+    return value

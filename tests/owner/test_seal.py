@@ -1,0 +1,274 @@
+"""Sealing: a genuine LUKS2 file with a dm-verity payload, the same from the same input."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tdxd.core import luks2, sealed
+from tdxd.core.bundle import KeyBundle, volume_key
+from tdxd.core.sealed import PublicRecord
+from tdxd.core.secret import Secret
+from tdxd.errors import DataError, HostError, IntegrityError
+from tdxd.owner import check, seal
+
+SECRET = bytes(range(64))
+
+
+def quiet(*_args: object) -> None:
+    pass
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    directory = tmp_path / "model"
+    version = directory / "models" / "m" / "1"
+    version.mkdir(parents=True)
+    (version / "saved_model.pb").write_bytes(os.urandom(300_000))
+    (version / "many").mkdir()
+    for number in range(300):
+        (version / "many" / f"file-{number:04}").write_bytes(b"x" * number)
+    (directory / "tls").mkdir()
+    (directory / "tls" / "server.pem").write_text("secret")
+    return directory
+
+
+def make(directory: Path, out: Path, **more: object) -> seal.Sealed:
+    out.mkdir(exist_ok=True)
+    fields: dict[str, object] = {
+        "directory": directory,
+        "volume_id": "m",
+        "generation": 3,
+        "image": out / "m.img",
+        "bundle": out / "m.bundle",
+        "secret": Secret(SECRET),
+        "created": "2026-01-01T00:00:00+00:00",
+        **more,
+    }
+    return seal.seal_directory(seal.SealRequest(**fields), quiet)  # type: ignore[arg-type]
+
+
+def run(*argv: str, **more: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(argv, capture_output=True, text=True, check=False, **more)  # type: ignore[call-overload, no-any-return]
+
+
+def test_cryptsetup_knows_the_file_for_luks2(model: Path, tmp_path: Path) -> None:
+    make(model, tmp_path / "out")
+    image = str(tmp_path / "out" / "m.img")
+    assert run("cryptsetup", "isLuks", "--type", "luks2", image).returncode == 0
+    dump = run("cryptsetup", "luksDump", image)
+    assert dump.returncode == 0, dump.stderr
+    assert "cipher: aes-xts-plain64" in dump.stdout
+    assert "offset: 16777216 [bytes]" in dump.stdout
+    assert "sector: 4096 [bytes]" in dump.stdout
+    assert "luks2\n" not in dump.stdout.split("Keyslots:")[1].split("Tokens:")[0]
+
+
+def test_the_recovery_passphrase_opens_it_with_plain_cryptsetup(
+    model, tmp_path
+) -> None:
+    recovery = tmp_path / "recovery"
+    make(model, tmp_path / "out", recovery=recovery)
+    assert stat.S_IMODE(recovery.stat().st_mode) == 0o600
+    passphrase = recovery.read_text().rstrip("\n")
+    assert len(passphrase.replace("-", "")) * 5 >= 128
+    argv = ("cryptsetup", "open", "--test-passphrase", str(tmp_path / "out" / "m.img"))
+    assert run(*argv, input=passphrase).returncode == 0
+    assert run(*argv, input=passphrase + "x").returncode == 2
+
+
+def test_without_recovery_no_passphrase_can_open_it(model, tmp_path) -> None:
+    make(model, tmp_path / "out")
+    argv = ("cryptsetup", "open", "--test-passphrase", str(tmp_path / "out" / "m.img"))
+    assert run(*argv, input="anything").returncode != 0
+
+
+def test_cryptsetup_accepts_our_volume_key(model, tmp_path) -> None:
+    made = make(model, tmp_path / "out")
+    key = tmp_path / "key"
+    key.write_bytes(volume_key(made.bundle).reveal())
+    argv = ["cryptsetup", "open", "--test-passphrase", "--key-size", "512"]
+    image = str(tmp_path / "out" / "m.img")
+    assert run(*argv, "--volume-key-file", str(key), image).returncode == 0
+    key.write_bytes(bytes(64))
+    assert run(*argv, "--volume-key-file", str(key), image).returncode != 0
+
+
+def plaintext(made: seal.Sealed, image: Path, target: Path) -> None:
+    manifest = made.bundle.manifest
+    run_ = image.read_bytes()[manifest.payload_offset_bytes :]
+    out = memoryview(bytearray(len(run_) + sealed.RUN_SLACK_BYTES))
+    sealed.decrypt_run(volume_key(made.bundle).reveal(), 0, memoryview(run_), out)
+    target.write_bytes(out[: len(run_)])
+
+
+def test_veritysetup_verifies_the_payload(model, tmp_path) -> None:
+    made = make(model, tmp_path / "out")
+    manifest = made.bundle.manifest
+    plain = tmp_path / "plain"
+    plaintext(made, tmp_path / "out" / "m.img", plain)
+    argv = ["veritysetup", "verify", str(plain), str(plain), manifest.root_hash.hex()]
+    argv += ["--no-superblock", "--salt", manifest.salt.hex(), "--hash", "sha256"]
+    argv += [f"--data-blocks={manifest.data_blocks}"]
+    argv += [f"--hash-offset={manifest.data_blocks * 4096}"]
+    done = run(*argv)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.root
+def test_the_kernel_mounts_it_with_normalised_modes(model, tmp_path) -> None:
+    made = make(model, tmp_path / "out")
+    plain, point = tmp_path / "plain", tmp_path / "point"
+    plaintext(made, tmp_path / "out" / "m.img", plain)
+    point.mkdir()
+    mounted = run("mount", "-t", "erofs", "-o", "loop,ro", str(plain), str(point))
+    assert mounted.returncode == 0, mounted.stderr
+    try:
+        for path in point.rglob("*"):
+            private = "tls" in path.relative_to(point).parts[:1]
+            wanted = (
+                (0o700 if private else 0o555)
+                if path.is_dir()
+                else (0o600 if private else 0o444)
+            )
+            seen = path.lstat()
+            assert stat.S_IMODE(seen.st_mode) == wanted, path
+            assert (seen.st_uid, seen.st_gid) == (0, 0)
+            source = model / path.relative_to(point)
+            if path.is_file():
+                assert path.read_bytes() == source.read_bytes()
+        assert len(list(point.rglob("*"))) == len(list(model.rglob("*")))
+    finally:
+        run("umount", str(point))
+
+
+def test_the_same_input_makes_the_same_files(model, tmp_path) -> None:
+    make(model, tmp_path / "one", recovery=tmp_path / "r1")
+    copy = tmp_path / "copy"
+    shutil.copytree(model, copy)
+    for path in sorted(copy.rglob("*"), reverse=True):
+        path.chmod(0o777)
+        os.utime(path, (1, 1))
+    make(copy, tmp_path / "two", recovery=tmp_path / "r2")
+    for name in ("m.img", "m.img.json", "m.bundle"):
+        assert (tmp_path / "one" / name).read_bytes() == (
+            tmp_path / "two" / name
+        ).read_bytes()
+    assert (tmp_path / "r1").read_bytes() == (tmp_path / "r2").read_bytes()
+
+
+def test_another_generation_shares_no_block(model, tmp_path) -> None:
+    make(model, tmp_path / "one")
+    make(model, tmp_path / "two", generation=4)
+    one = (tmp_path / "one" / "m.img").read_bytes()[luks2.PAYLOAD_OFFSET_BYTES :]
+    two = (tmp_path / "two" / "m.img").read_bytes()[luks2.PAYLOAD_OFFSET_BYTES :]
+    for start in range(0, len(one), 4096):
+        assert one[start : start + 4096] != two[start : start + 4096]
+
+
+def test_what_is_written_and_with_which_rights(model, tmp_path) -> None:
+    made = make(model, tmp_path / "out")
+    out = tmp_path / "out"
+    assert sorted(one.name for one in out.iterdir()) == [
+        "m.bundle",
+        "m.img",
+        "m.img.json",
+    ]
+    assert stat.S_IMODE((out / "m.bundle").stat().st_mode) == 0o600
+    assert (
+        KeyBundle.parse((out / "m.bundle").read_bytes()).manifest
+        == made.bundle.manifest
+    )
+    record = PublicRecord.parse((out / "m.img.json").read_bytes(), source="r")
+    assert record == made.record
+    check.check_record(out / "m.img", record, quiet)
+    check.check_payload(out / "m.img", made.bundle, quiet)
+
+
+def test_no_plaintext_is_in_the_image(model, tmp_path) -> None:
+    make(model, tmp_path / "out")
+    data = (tmp_path / "out" / "m.img").read_bytes()
+    assert b"secret" not in data
+    assert b"saved_model.pb" not in data
+
+
+@pytest.mark.parametrize("offset", [0, 4096, -4096, -1])
+def test_a_flipped_payload_byte_is_found(model, tmp_path, offset: int) -> None:
+    made = make(model, tmp_path / "out")
+    image = tmp_path / "out" / "m.img"
+    data = bytearray(image.read_bytes())
+    place = offset if offset < 0 else luks2.PAYLOAD_OFFSET_BYTES + offset
+    data[place] ^= 1
+    image.write_bytes(data)
+    with pytest.raises(IntegrityError, match=r"block .* of the payload is wrong"):
+        check.check_payload(image, made.bundle, quiet)
+    with pytest.raises(IntegrityError, match="the record says"):
+        check.check_record(image, made.record, quiet)
+
+
+def test_a_truncated_image_is_found(model, tmp_path) -> None:
+    made = make(model, tmp_path / "out")
+    image = tmp_path / "out" / "m.img"
+    os.truncate(image, made.record.size_bytes - 1)
+    with pytest.raises(IntegrityError, match="needs"):
+        check.check_payload(image, made.bundle, quiet)
+    with pytest.raises(IntegrityError, match="bytes, the record says"):
+        check.check_record(image, made.record, quiet)
+
+
+def test_existing_files_are_kept_without_force(model, tmp_path) -> None:
+    make(model, tmp_path / "out")
+    with pytest.raises(DataError, match="exists already"):
+        make(model, tmp_path / "out")
+    make(model, tmp_path / "out", force=True)
+    assert len(list((tmp_path / "out").iterdir())) == 3
+
+
+def test_special_files_and_escaping_links_are_refused(model, tmp_path) -> None:
+    for name, action, text in (
+        ("fifo", os.mkfifo, "is a FIFO"),
+        ("out", lambda path: path.symlink_to("/etc/passwd"), "leads out"),
+        ("up", lambda path: path.symlink_to("../../../x"), "leads out"),
+    ):
+        path = model / "models" / name
+        action(path)
+        with pytest.raises(DataError, match=text):
+            make(model, tmp_path / "out")
+        path.unlink()
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_directory_without_models_is_refused(tmp_path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="holds no models"):
+        make(tmp_path / "empty", tmp_path / "out")
+
+
+def test_a_missing_output_directory_is_named(model, tmp_path) -> None:
+    with pytest.raises(HostError, match="nowhere"):
+        make(model, tmp_path / "out", image=tmp_path / "nowhere" / "m.img")
+
+
+@pytest.mark.root
+def test_any_user_can_seal(model, tmp_path_factory) -> None:
+    root = Path(__file__).parents[2]
+    out = Path("/var/tmp") / f"tdxd-seal-{os.getpid()}"
+    shutil.copytree(model, out / "model")
+    out.chmod(0o755)
+    os.system(f"chown -R 65534:65534 {out}")
+    argv = [sys.executable, "-m", "tdxd.cli.tdx_seal", "create", str(out / "model")]
+    argv += ["--id", "m", "--generation", "1", "-o", str(out / "m.img")]
+    argv += ["--bundle", str(out / "m.bundle")]
+    try:
+        done = run(*argv, cwd=root, user=65534, group=65534, extra_groups=[])
+        assert done.returncode == 0, done.stderr
+        assert (out / "m.img").stat().st_uid == 65534
+        assert done.stderr == ""
+    finally:
+        shutil.rmtree(out)
