@@ -90,10 +90,9 @@ def _grpc_error(status: int, message: str) -> str:
 
     Source: "gRPC over HTTP2", section Responses, Trailers-Only.
     """
-    text = message.replace(" ", "%20")
     return (
         "http-request return status 200 content-type application/grpc "
-        f"hdr grpc-status {status} hdr grpc-message {text}"
+        f'hdr grpc-status {status} hdr grpc-message "{message}"'
     )
 
 
