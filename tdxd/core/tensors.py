@@ -28,6 +28,7 @@ __all__ = [
     "TensorMessage",
     "dtype_name",
     "dtype_of",
+    "numpy_dtype",
     "read_tensor",
     "write_content",
     "write_values",
@@ -129,6 +130,22 @@ def dtype_of(array: Array) -> int:
         message = f"numpy type {array.dtype}: no tensor has this element type"
         raise DataError(message, hint="convert it first, for example to float32")
     return number
+
+
+def numpy_dtype(number: int) -> np.dtype[Any]:
+    """Return numpy's little-endian type for a DataType number; object for strings.
+
+    Raises: DataError for a type that no tensor has, or that is not installed.
+    """
+    kind = _KINDS.get(number)
+    if kind is None:
+        raise DataError(f"tensor of element type {number}: not supported")
+    if number != _BFLOAT16:
+        return np.dtype(kind.numpy)
+    found = _bfloat16()
+    if found is None:  # pragma: no cover - depends on what is installed
+        raise DataError("bfloat16 tensor: not supported here", hint="install ml_dtypes")
+    return found
 
 
 @functools.cache
@@ -244,10 +261,8 @@ def read_tensor(
     Raises: DataError for anything that is not one whole tensor, for an unknown element type, and
     for a list that would grow by more than `expansion_limit_bytes`.
     """
-    kind = _KINDS.get(message.dtype)
-    if kind is None:
-        raise DataError(f"tensor of element type {message.dtype}: not supported")
-    numpy_type = _numpy_type(message.dtype, kind)
+    numpy_type = numpy_dtype(message.dtype)
+    kind = _KINDS[message.dtype]
     shape = _read_shape(message)
     count = math.prod(shape)
     content = message.tensor_content
@@ -268,15 +283,6 @@ def read_tensor(
         return _object_array(_repeat_last(values, count, b""), shape)
     flat = _read_values(values, kind, numpy_type)
     return _fill(flat, count).reshape(shape)
-
-
-def _numpy_type(number: int, kind: _Kind) -> np.dtype[Any]:
-    if number != _BFLOAT16:
-        return np.dtype(kind.numpy)
-    found = _bfloat16()
-    if found is None:  # pragma: no cover - depends on what is installed
-        raise DataError("bfloat16 tensor: not supported here", hint="install ml_dtypes")
-    return found
 
 
 def _read_shape(message: TensorMessage) -> tuple[int, ...]:
