@@ -1,0 +1,111 @@
+"""Loop devices: attach a descriptor, find and detach ours.
+
+All of ours are read-only and autoclear: the kernel lets go of one when its last opener, or the
+mount on it, is gone, also after a crash.
+
+Source: Linux, include/uapi/linux/loop.h; loop(4).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import stat
+import struct
+from pathlib import Path
+
+from tdxd.errors import HostError
+
+__all__ = ["LoopDevice", "attach", "attached", "detach"]
+
+_LOOP_CTL_GET_FREE = 0x4C82
+_LOOP_CONFIGURE = 0x4C0A
+_LOOP_CLR_FD = 0x4C01
+_LO_FLAGS_READ_ONLY = 1
+_LO_FLAGS_AUTOCLEAR = 4
+_BLOCK_BYTES = 4096
+_NAME_BYTES = 64
+_CONFIG = struct.Struct(f"<II5Q4I{_NAME_BYTES}s64s32s2Q8Q")
+"""struct loop_config: fd, block_size, struct loop_info64, 8 reserved; 304 bytes."""
+_CONTROL = "/dev/loop-control"
+_LOOP_MAJOR = 7
+_ATTEMPTS = 16
+
+LoopDevice = tuple[str, int]
+"""The device's path, and an open descriptor of it, which keeps it attached."""
+
+
+def attach(fd: int, *, name: str) -> LoopDevice:
+    """Attach a regular file's descriptor to a free loop device, read-only, autoclear, 4096.
+
+    `name` is shown by losetup. The caller owns the returned descriptor; `fd` may be closed.
+
+    Raises: HostError.
+    """
+    hint = "this needs root, and the kernel's loop driver (modprobe loop)"
+    try:
+        control = os.open(_CONTROL, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as exc:
+        raise HostError.of("open", _CONTROL, exc, hint=hint) from exc
+    try:
+        for _ in range(_ATTEMPTS):
+            made = _try(control, fd, name.encode()[: _NAME_BYTES - 1])
+            if made is not None:
+                return made
+    finally:
+        os.close(control)
+    raise HostError("attach a loop device to", name, errno.EBUSY)
+
+
+def _try(control: int, fd: int, name: bytes) -> LoopDevice | None:
+    """Try one free device; `None` if somebody else took it first."""
+    path = "/dev/loop"
+    try:
+        path = f"/dev/loop{fcntl.ioctl(control, _LOOP_CTL_GET_FREE)}"
+        device = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as exc:
+        raise HostError.of("open", path, exc) from exc
+    flags = _LO_FLAGS_READ_ONLY | _LO_FLAGS_AUTOCLEAR
+    info = (0, 0, 0, 0, 0, 0, 0, 0, flags, name, b"", b"", 0, 0)
+    config = _CONFIG.pack(fd, _BLOCK_BYTES, *info, *([0] * 8))
+    try:
+        if not stat.S_ISBLK(os.fstat(device).st_mode):
+            raise OSError(errno.ENOTBLK, os.strerror(errno.ENOTBLK))
+        fcntl.ioctl(device, _LOOP_CONFIGURE, config)
+    except OSError as exc:
+        os.close(device)
+        if exc.errno == errno.EBUSY:
+            return None
+        raise HostError.of("configure", path, exc) from exc
+    return path, device
+
+
+def attached(prefix: str) -> tuple[str, ...]:
+    """Return the loop devices whose backing file's name starts with `prefix`."""
+    found = []
+    for entry in sorted(Path("/sys/block").glob("loop*")):
+        with contextlib.suppress(OSError):  # detached between the listing and the look
+            backing = (entry / "loop/backing_file").read_text(errors="surrogateescape")
+            if backing.startswith(prefix):
+                found.append(f"/dev/{entry.name}")
+    return tuple(found)
+
+
+def detach(path: str) -> None:
+    """Detach a loop device, at once or when its last user is gone; harmless when repeated.
+
+    Raises: HostError.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as exc:
+        raise HostError.of("open", path, exc) from exc
+    try:
+        fcntl.ioctl(fd, _LOOP_CLR_FD)
+    except OSError as exc:
+        if exc.errno != errno.ENXIO:
+            raise HostError.of("detach", path, exc) from exc
+    finally:
+        os.close(fd)

@@ -1,0 +1,39 @@
+"""What a failed or finished operation must not leave behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+from tdxd.host import loop
+from tdxd.host.mount import mount_points
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Held:
+    """What this process holds of the system now."""
+
+    descriptors: frozenset[str]
+    children: frozenset[str]
+    loops: tuple[str, ...]
+    mounts: tuple[str, ...]
+
+
+def held(under: str) -> Held:
+    """Look at this process's descriptors and children, and at loops and mounts of ours."""
+    descriptors = set()
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            descriptors.add(f"{name} {os.readlink(f'/proc/self/fd/{name}')}")
+        except OSError:
+            continue  # the descriptor of the listing itself
+    children = set()
+    for task in os.listdir("/proc/self/task"):
+        children |= set(Path(f"/proc/self/task/{task}/children").read_text().split())
+    return Held(
+        descriptors=frozenset(descriptors),
+        children=frozenset(children),
+        loops=loop.attached("/memfd:tdxd:contract"),
+        mounts=tuple(point for point in mount_points() if point.startswith(under)),
+    )
