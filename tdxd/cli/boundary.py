@@ -6,9 +6,12 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
 
 from tdxd.errors import TdxdError, UsageError
+
+TYPE_CHECKING = False  # typing itself would cost tdxctl a fifth of its start
+if TYPE_CHECKING:
+    from typing import NoReturn
 
 __all__ = ["Parser", "run", "show_error"]
 

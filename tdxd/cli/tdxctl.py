@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -160,9 +159,7 @@ def _events(args: argparse.Namespace) -> int:
     for message in _replies(args.socket, "events", follow=args.follow, all=args.all):
         item = message.get("event")
         if isinstance(item, dict):
-            print(
-                json.dumps(item) if args.json else _event_line(item), flush=args.follow
-            )
+            print(_json(item) if args.json else _event_line(item), flush=args.follow)
     return 0
 
 
@@ -181,7 +178,7 @@ def _wait(args: argparse.Namespace) -> int:
 def _health(args: argparse.Namespace) -> int:
     shown = _result(args.socket, "health")
     if args.what == "live":
-        print(json.dumps(shown) if args.json else "live")
+        print(_json(shown) if args.json else "live")
         return 0
     return _verdict(shown, args.json)
 
@@ -190,7 +187,7 @@ def _verdict(shown: dict[str, object], as_json: bool) -> int:  # noqa: FBT001 â€
     """Print ready or why not; return the exit code that the daemon names."""
     code = shown.get("exit")
     if as_json:
-        print(json.dumps(shown))
+        print(_json(shown))
     else:
         reasons = shown.get("reasons")
         texts = [str(item) for item in reasons] if isinstance(reasons, list) else []
@@ -200,7 +197,7 @@ def _verdict(shown: dict[str, object], as_json: bool) -> int:  # noqa: FBT001 â€
 
 def _version(args: argparse.Namespace) -> int:
     shown = _result(args.socket, "version")
-    print(json.dumps(shown) if args.json else f"tdxd {shown.get('version')}")
+    print(_json(shown) if args.json else f"tdxd {shown.get('version')}")
     return 0
 
 
@@ -219,6 +216,13 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
 
 # --- showing ------------------------------------------------------------------
 
+
+def _json(value: object) -> str:
+    import json
+
+    return json.dumps(value)
+
+
 _COLOURS = {
     "mounted": 32,
     "ready": 32,
@@ -232,7 +236,7 @@ _COLOURS = {
 
 def _show(shown: dict[str, object], as_json: bool) -> None:  # noqa: FBT001 â€” the flag's value
     if as_json:
-        print(json.dumps(shown))
+        print(_json(shown))
         return
     head = "ready" if shown.get("ready") else "not ready"
     print(
