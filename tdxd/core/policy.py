@@ -218,6 +218,7 @@ def appraise_report(rules: TdxRules, report: TdReport) -> tuple[Check, ...]:
         _zero_or("mr_owner", rules.mr_owner, report.mr_owner),
         _zero_or("mr_owner_config", rules.mr_owner_config, report.mr_owner_config),
         _zero_or("mr_service_td", (), report.mr_service_td or bytes(48)),
+        _zero_or("vmid", (), bytes([report.vmid or 0])),
     )
 
 

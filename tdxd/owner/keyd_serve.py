@@ -14,7 +14,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import structlog
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     import grpc
 
-__all__ = ["make_keyd", "serve", "start_server"]
+__all__ = ["Service", "make_keyd", "serve", "start_server"]
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
@@ -47,6 +47,18 @@ _CALLS_MAX = 64
 """Calls in work or waiting; the next one gets RESOURCE_EXHAUSTED."""
 _STOP_S = 5.0
 _PR_SET_DUMPABLE = 4
+
+
+class Service(Protocol):
+    """The two calls, on raw bytes; `Keyd` is the one that runs."""
+
+    def challenge(self, request: bytes, context: grpc.ServicerContext, /) -> bytes:
+        """Answer a `ChallengeRequest`."""
+        ...
+
+    def release(self, request: bytes, context: grpc.ServicerContext, /) -> bytes:
+        """Answer a `ReleaseRequest`."""
+        ...
 
 
 def serve(directory: Path, *, share_port: bool = False) -> int:
@@ -134,7 +146,7 @@ def _cache(config: KeydConfig, url: str, root_crl_url: str | None) -> Collateral
 
 
 def start_server(
-    keyd: Keyd, address: Address, tls: ServerTls, *, share_port: bool
+    service: Service, address: Address, tls: ServerTls, *, share_port: bool
 ) -> tuple[grpc.Server, int]:
     """Start answering; return the server and the port that it listens on.
 
@@ -153,17 +165,15 @@ def start_server(
     )
     # No (de)serialisers: requests are hashed exactly as they were received.
     handlers = {
-        protocol.CHALLENGE_PATH.rpartition("/")[2]: keyd.challenge,
-        protocol.RELEASE_PATH.rpartition("/")[2]: keyd.release,
+        protocol.CHALLENGE_PATH.rpartition("/")[2]: service.challenge,
+        protocol.RELEASE_PATH.rpartition("/")[2]: service.release,
     }
-    service = protocol.RELEASE_PATH.split("/")[1]
+    name = protocol.RELEASE_PATH.split("/")[1]
     rpcs: dict[str, Any] = {
-        name: grpc.unary_unary_rpc_method_handler(handler)
-        for name, handler in handlers.items()
+        method: grpc.unary_unary_rpc_method_handler(handler)
+        for method, handler in handlers.items()
     }
-    server.add_generic_rpc_handlers(
-        (grpc.method_handlers_generic_handler(service, rpcs),)
-    )
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, rpcs),))
     pair = (tls.key_pem, tls.certificate_pem)
     try:
         credentials = grpc.ssl_server_credentials([pair])

@@ -1,0 +1,225 @@
+"""An owner for tests: a store, a real key server on loopback, and a simulated platform."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from tdxd.core.bundle import KeyBundle, Manifest
+from tdxd.core.config import Address, KeyReleaseConfig
+from tdxd.core.secret import Secret
+from tdxd.guest.keyfetch import Connect, Fetched, fetch_bundles
+from tdxd.host.ports import Host, Tsm
+from tdxd.host.rpc import GrpcKeyServer
+from tdxd.owner import authority
+from tdxd.owner.admin import add_bundle
+from tdxd.owner.keyd_config import read_config
+from tdxd.owner.keyd_init import GuestPin, InitOptions, ServerTls, init_store, read_tls
+from tdxd.owner.keyd_serve import Service, make_keyd, start_server
+from tdxd.owner.store import AuditRecord, Store
+from tdxd.sim.collateral import Collateral
+from tdxd.sim.pccs import PccsServer
+from tdxd.sim.platform import SimPlatform
+
+__all__ = [
+    "LOOPBACK",
+    "Guest",
+    "Owner",
+    "Platform",
+    "make_bundle",
+    "opened_owner",
+    "policy_text",
+    "serving",
+]
+
+LOOPBACK = Address("127.0.0.1", 0)
+
+
+class Platform(SimPlatform):
+    """A simulated platform whose collateral a test may change."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.state: dict[str, Any] = {}
+        self.mangle: Callable[[Collateral], Collateral] = lambda one: one
+
+    def collateral(self, now_s: int, **overrides: Any) -> Collateral:
+        return self.mangle(super().collateral(now_s, **{**self.state, **overrides}))
+
+
+class Guest:
+    """A `Tsm` whose quotes have the given overrides of report and shape."""
+
+    def __init__(self, platform: SimPlatform, **overrides: Any) -> None:
+        self._platform = platform
+        self._overrides = overrides
+
+    def quote(self, report_data: bytes) -> bytes:
+        fields = {"report_data": report_data, **self._overrides}
+        return self._platform.quote(**fields)
+
+    def event_log(self) -> bytes:
+        return self._platform.event_log
+
+
+def make_bundle(volume_id: str, generation: int = 1, secret: bytes = b"") -> KeyBundle:
+    manifest = Manifest(
+        volume_id=volume_id,
+        generation=generation,
+        payload_offset_bytes=16 * 2**20,
+        data_blocks=4,
+        hash_blocks=1,
+        root_hash=bytes(32),
+        salt=bytes(32),
+    )
+    return KeyBundle(manifest=manifest, secret=Secret(secret or os.urandom(64)))
+
+
+def policy_text(platform: SimPlatform, **changes: str) -> str:
+    """A policy that this platform's TD meets; `changes` replace lines of `[tdx]`."""
+    report = platform.report()
+    registers = ", ".join(
+        f'rtmr{index} = "{value.hex()}"' for index, value in enumerate(report.rtmrs)
+    )
+    lines = {
+        "mrtd": f'["{report.mr_td.hex()}"]',
+        "rtmr": f'[{{ name = "test-image", {registers} }}]',
+        "td_attributes": '["SEPT_VE_DISABLE"]',
+        "tcb_status": '["UpToDate"]',
+        "platforms": '"any"',
+        "simulated": "true",
+        **changes,
+    }
+    release = lines.pop("release", "")
+    body = "".join(f"{key} = {value}\n" for key, value in lines.items() if value)
+    return f"[tdx]\n{body}{release}"
+
+
+@dataclasses.dataclass
+class Owner:
+    """One owner and one platform; `offset_s` moves the key server's clock."""
+
+    directory: Path
+    platform: Platform
+    store: Store
+    pin: GuestPin
+    offset_s: float = 0.0
+    address: Address = LOOPBACK
+    service: Service = dataclasses.field(init=False)
+
+    def now_s(self) -> float:
+        return time.time() + self.offset_s
+
+    def add(
+        self,
+        volume_id: str,
+        generation: int = 1,
+        policy: str | None = "",
+        **changes: str,
+    ) -> KeyBundle:
+        """Add a bundle; `policy` None leaves the volume without one."""
+        bundle = make_bundle(volume_id, generation)
+        kept = make_bundle(volume_id, generation, bundle.secret.reveal())
+        file = self.directory.parent / f"{volume_id}-{generation}.bundle"
+        file.write_bytes(bundle.encode())
+        policy_file = None
+        if policy is not None:
+            policy_file = file.with_suffix(".toml")
+            policy_file.write_text(policy or policy_text(self.platform, **changes))
+        add_bundle(self.directory, file, policy_file, 0)
+        return kept
+
+    def server_tls(self, names: Sequence[str] = ("127.0.0.1",)) -> ServerTls:
+        """A certificate of the pinned CA, for somebody else."""
+        from cryptography import x509
+        from cryptography.hazmat.primitives.serialization import (
+            Encoding,
+            load_pem_private_key,
+        )
+
+        ca = x509.load_pem_x509_certificate((self.directory / "ca.pem").read_bytes())
+        ca_key = load_pem_private_key((self.directory / "ca.key").read_bytes(), None)
+        key, certificate = authority.issue_server(cast("Any", ca_key), ca, names)
+        return ServerTls(
+            certificate_pem=certificate.public_bytes(Encoding.PEM),
+            key_pem=authority.key_pem(key),
+        )
+
+    def config(self, *servers: Address, **changes: Any) -> KeyReleaseConfig:
+        fields: dict[str, Any] = {
+            "servers": tuple(str(one) for one in servers or (self.address,)),
+            "ca": self.pin.ca,
+            "signing_key": self.pin.signing_key,
+            **changes,
+        }
+        return KeyReleaseConfig(**fields)
+
+    async def fetch(
+        self,
+        *volume_ids: str,
+        tsm: Tsm | None = None,
+        config: KeyReleaseConfig | None = None,
+        connect: Connect = GrpcKeyServer,
+    ) -> Fetched:
+        """Fetch as a guest on this platform does."""
+        host = Host(
+            tsm=tsm or Guest(self.platform),
+            mapper=cast("Any", None),
+            mounts=cast("Any", None),
+            children=cast("Any", None),
+            random_bytes=os.urandom,
+        )
+        return await fetch_bundles(
+            volume_ids, config=config or self.config(), host=host, connect=connect
+        )
+
+    def last(self) -> AuditRecord:
+        """The newest audit record."""
+        return self.store.audit(limit=1)[0]
+
+    def failed(self) -> dict[str, tuple[str, str]]:
+        """Expected and actual value of each failed check of the newest record."""
+        return {
+            one.name: (one.expected, one.actual)
+            for one in self.last().checks
+            if not one.ok
+        }
+
+
+@contextlib.contextmanager
+def serving(service: Service, tls: ServerTls) -> Iterator[Address]:
+    """Answer on a loopback port, over real gRPC and TLS."""
+    server, port = start_server(service, LOOPBACK, tls, share_port=False)
+    try:
+        yield Address("127.0.0.1", port)
+    finally:
+        server.stop(None).wait()
+
+
+@contextlib.contextmanager
+def opened_owner(directory: Path) -> Iterator[Owner]:
+    """An owner with a running key server and a platform with a running PCCS."""
+    platform = cast("Platform", Platform.create())
+    pccs = PccsServer(platform, "127.0.0.1", 0)
+    with contextlib.closing(pccs), contextlib.ExitStack() as stack:
+        root = directory / "root.pem"
+        root.write_text(platform.root_pem)
+        options = InitOptions(
+            names=("127.0.0.1",),
+            listen="127.0.0.1:0",
+            collateral_url=pccs.url,
+            simulated_root=root,
+        )
+        pin = init_store(directory / "store", options, os.urandom)
+        store = stack.enter_context(Store.open(directory / "store"))
+        owner = Owner(directory / "store", platform, store, pin)
+        config = read_config(owner.directory)
+        keyd = make_keyd(owner.directory, config, store, clock=owner.now_s)
+        owner.service = keyd
+        owner.address = stack.enter_context(serving(keyd, read_tls(owner.directory)))
+        yield owner
