@@ -11,13 +11,28 @@ from tdxd.errors import TdxdError, UsageError
 
 TYPE_CHECKING = False  # typing itself would cost tdxctl a fifth of its start
 if TYPE_CHECKING:
-    from typing import NoReturn
+    from typing import Any, NoReturn
 
 __all__ = ["Parser", "run", "show_error"]
 
 
+class _Formatter(argparse.HelpFormatter):
+    """Tells argparse the terminal's width: to learn it, it would import shutil in each run."""
+
+    def __init__(self, prog: str, **options: Any) -> None:
+        try:
+            columns = int(os.environ.get("COLUMNS") or os.get_terminal_size(1).columns)
+        except (ValueError, OSError):
+            columns = 0
+        super().__init__(prog, width=(columns or 80) - 2, **options)
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are `UsageError`, with exit code 64 instead of 2."""
+
+    def __init__(self, **options: Any) -> None:
+        options.setdefault("formatter_class", _Formatter)
+        super().__init__(**options)
 
     def error(self, message: str) -> NoReturn:
         """Raise UsageError."""
