@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import collections
 
-import structlog
-
 from tdxd.guest.changes import Changes
+from tdxd.host import log
 from tdxd.host.clock import wall_clock
 
 __all__ = ["Events"]
@@ -22,7 +21,7 @@ class Events:
     """The last thousand events, numbered; `heard` rings for each."""
 
     def __init__(self) -> None:
-        self._log = structlog.get_logger()
+        self._write = log.open_log()
         self._kept: collections.deque[dict[str, object]] = collections.deque(
             maxlen=_KEPT
         )
@@ -33,16 +32,15 @@ class Events:
         """Log an event and keep it."""
         self._count += 1
         shown = {key: value for key, value in fields.items() if value not in (None, "")}
-        self._kept.append(
-            {
-                "seq": self._count,
-                "time": wall_clock(),
-                "level": level,
-                "event": event,
-                **shown,
-            }
-        )
-        getattr(self._log, level)(event, **shown)
+        item: dict[str, object] = {
+            "seq": self._count,
+            "time": wall_clock(),
+            "level": level,
+            "event": event,
+            **shown,
+        }
+        self._kept.append(item)
+        self._write(item)
         self.heard.ring()
 
     def after(self, sequence: int) -> list[dict[str, object]]:

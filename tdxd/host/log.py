@@ -1,4 +1,4 @@
-"""Structured logs: to journald in its own protocol, else to standard error.
+"""Structured logs by structlog: to journald in its own protocol, else to standard error.
 
 Source: systemd's "Native Journal Protocol".
 """
@@ -8,34 +8,78 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from collections.abc import MutableMapping
+from collections.abc import Callable, Mapping
 
 import structlog
 
-__all__ = ["configure"]
+__all__ = ["Write", "configure", "journal_entry", "open_log", "text_line"]
+
+Write = Callable[[Mapping[str, object]], None]
+"""Writes one event: `time`, `level`, `event`, then the event's own fields."""
 
 _JOURNAL_SOCKET = "/run/systemd/journal/socket"
 _PRIORITY = {"debug": "7", "info": "6", "warning": "4", "error": "3", "critical": "2"}
+_HEAD = ("seq", "time", "level", "event")
 
 
 def configure() -> None:
-    """Send every log event to the journal if standard error goes there, else to it as text."""
+    """Send every structlog event of this process to the journal, or to standard error."""
     journal = _to_journal()
-    last: list[structlog.typing.Processor]
-    if journal:
-        last = [_JournalRenderer()]
-    else:
-        last = [
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()),
-        ]
     structlog.configure(
-        processors=[structlog.processors.add_log_level, *last],
-        logger_factory=_JournalLogger.make
-        if journal
-        else structlog.PrintLoggerFactory(sys.stderr),
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True, key="time"),
+            _render_journal if journal else _render_text,
+        ],
+        logger_factory=_journal_logger if journal else _text_logger,
         cache_logger_on_first_use=True,
     )
+
+
+def open_log() -> Write:
+    """Return a function that logs an event through structlog."""
+    log = structlog.get_logger()
+
+    def write(item: Mapping[str, object]) -> None:
+        fields = {key: item[key] for key in item if key not in _HEAD}
+        getattr(log, str(item["level"]))(item["event"], **fields)
+
+    return write
+
+
+def _render_text(_logger: object, _method: str, event: Mapping[str, object]) -> str:
+    return text_line(event)
+
+
+def _render_journal(
+    _logger: object, _method: str, event: Mapping[str, object]
+) -> bytes:
+    return journal_entry(event)
+
+
+def _text_logger(*_args: object) -> structlog.PrintLogger:
+    return structlog.PrintLogger(sys.stderr)
+
+
+def _journal_logger(*_args: object) -> _JournalLogger:
+    return _JournalLogger()
+
+
+class _JournalLogger:
+    """Sends one datagram per event; to standard error when the journal is away."""
+
+    def __init__(self) -> None:
+        self._socket = socket.socket(
+            socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC
+        )
+
+    def msg(self, message: bytes) -> None:
+        try:
+            self._socket.sendto(message, _JOURNAL_SOCKET)
+        except OSError:
+            sys.stderr.buffer.write(message)
+
+    debug = info = warning = error = critical = msg
 
 
 def _to_journal() -> bool:
@@ -45,50 +89,39 @@ def _to_journal() -> bool:
     return stream == f"{seen.st_dev}:{seen.st_ino}" and os.path.exists(_JOURNAL_SOCKET)
 
 
-class _JournalRenderer:
-    """Turns an event into journal fields: TDXD_EVENT=, TDXD_VOLUME=, … and a MESSAGE=."""
+def text_line(item: Mapping[str, object]) -> str:
+    """Return an event as one line: time, level, name, fields; control characters escaped."""
+    return f"{item['time']} [{item['level']}] {_words(item)}"
 
-    def __call__(
-        self, _logger: object, _method: str, event: MutableMapping[str, object]
-    ) -> bytes:
-        level = str(event.pop("level", "info"))
-        name = str(event.pop("event", ""))
-        words = [name] + [f"{key}={value}" for key, value in event.items()]
-        fields = {
-            "MESSAGE": " ".join(words),
-            "PRIORITY": _PRIORITY.get(level, "6"),
-            "SYSLOG_IDENTIFIER": "tdxd",
-            "TDXD_EVENT": name,
-        }
-        for key, value in event.items():
+
+def _words(item: Mapping[str, object]) -> str:
+    fields = [f"{key}={_printable(item[key])}" for key in item if key not in _HEAD]
+    return " ".join([str(item["event"]), *fields])
+
+
+def _printable(value: object) -> str:
+    text = str(value)
+    return text if text.isprintable() else repr(text)
+
+
+def journal_entry(item: Mapping[str, object]) -> bytes:
+    """Return an event as a journal datagram: TDXD_EVENT=, TDXD_VOLUME=, … and a MESSAGE=."""
+    fields = {
+        "MESSAGE": _words(item),
+        "PRIORITY": _PRIORITY[str(item["level"])],
+        "SYSLOG_IDENTIFIER": "tdxd",
+        "TDXD_EVENT": str(item["event"]),
+    }
+    for key, value in item.items():
+        if key not in _HEAD:
             fields[f"TDXD_{key.upper()}"] = str(value)
-        return b"".join(_field(key, value) for key, value in fields.items())
+    return b"".join(_field(key, value) for key, value in fields.items())
 
 
 def _field(key: str, value: str) -> bytes:
+    """Encode one field; with its length if it has several lines."""
     data = value.encode(errors="replace")
     if b"\n" in data:
         size = len(data).to_bytes(8, "little")
         return key.encode() + b"\n" + size + data + b"\n"
     return key.encode() + b"=" + data + b"\n"
-
-
-class _JournalLogger:
-    """Sends one datagram per event; falls back to standard error when the journal is away."""
-
-    def __init__(self) -> None:
-        self._socket = socket.socket(
-            socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC
-        )
-
-    @classmethod
-    def make(cls, *_args: object) -> _JournalLogger:
-        return cls()
-
-    def msg(self, message: bytes) -> None:
-        try:
-            self._socket.sendto(message, _JOURNAL_SOCKET)
-        except OSError:
-            sys.stderr.buffer.write(message)
-
-    debug = info = warning = error = critical = msg
