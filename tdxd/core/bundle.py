@@ -11,9 +11,6 @@ import dataclasses
 import hashlib
 from typing import Literal
 
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.kdf.hkdf import HKDF
-
 from tdxd.core.decode import decode, decode_canonical, encode_canonical
 from tdxd.core.secret import Secret
 from tdxd.core.volume_id import check_volume_id
@@ -64,7 +61,10 @@ class Manifest:
         _within("data_blocks", self.data_blocks, 1, 2**40)
         _within("hash_blocks", self.hash_blocks, 0, 2**40)
         if self.payload_offset_bytes % BLOCK_BYTES:
-            msg = f"payload_offset_bytes {self.payload_offset_bytes} is not a multiple of {BLOCK_BYTES}"
+            msg = (
+                f"payload_offset_bytes {self.payload_offset_bytes} "
+                f"is not a multiple of {BLOCK_BYTES}"
+            )
             raise ValueError(msg)
         if len(self.root_hash) != 32 or len(self.salt) != 32:
             msg = "root_hash and salt must be 32 bytes each"
@@ -157,6 +157,9 @@ def derive(secret: Secret, label: str, size: int, *context: bytes) -> Secret:
     HKDF-SHA512 (RFC 5869) with no salt and info = label followed by each context value with
     its length as 4 bytes big-endian in front, so that no two uses share an info.
     """
+    from cryptography.hazmat.primitives import hashes  # 10 ms: not at start
+    from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
     info = label.encode() + b"".join(
         len(item).to_bytes(4, "big") + item for item in context
     )

@@ -13,15 +13,17 @@ import dataclasses
 import hashlib
 import json
 import re
-from typing import Literal
-
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal
 
 from tdxd.core.bundle import BLOCK_BYTES
 from tdxd.core.decode import decode
 from tdxd.core.verity import DIGEST_BYTES
 from tdxd.core.volume_id import check_volume_id
 from tdxd.errors import DataError
+
+if TYPE_CHECKING:  # the daemon answers before it loads cryptography
+    from cryptography.hazmat.primitives.ciphers import Cipher, modes
 
 __all__ = [
     "RUN_SLACK_BYTES",
@@ -42,9 +44,9 @@ _HEX_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 def encrypt_run(key: bytes, first_block: int, run: memoryview, out: memoryview) -> None:
     """Encrypt a run of whole blocks into `out` (run + RUN_SLACK_BYTES) under a 64-byte key."""
-    cipher = _cipher(key)
+    cipher, tweak = _cipher(key)
     for index, start in enumerate(range(0, len(run), BLOCK_BYTES)):
-        cipher.mode = _tweak(first_block + index)
+        cipher.mode = tweak(first_block + index)
         stop = start + BLOCK_BYTES
         cipher.encryptor().update_into(
             run[start:stop], out[start : stop + RUN_SLACK_BYTES]
@@ -53,9 +55,9 @@ def encrypt_run(key: bytes, first_block: int, run: memoryview, out: memoryview) 
 
 def decrypt_run(key: bytes, first_block: int, run: memoryview, out: memoryview) -> None:
     """Decrypt a run of whole blocks into `out` (run + RUN_SLACK_BYTES) under a 64-byte key."""
-    cipher = _cipher(key)
+    cipher, tweak = _cipher(key)
     for index, start in enumerate(range(0, len(run), BLOCK_BYTES)):
-        cipher.mode = _tweak(first_block + index)
+        cipher.mode = tweak(first_block + index)
         stop = start + BLOCK_BYTES
         cipher.decryptor().update_into(
             run[start:stop], out[start : stop + RUN_SLACK_BYTES]
@@ -95,13 +97,17 @@ def open_run(
     return first_bad_block(salt, out[: len(run)], digests)
 
 
-def _cipher(key: bytes) -> Cipher[modes.XTS]:
-    return Cipher(algorithms.AES(key), modes.XTS(bytes(16)))
+def _cipher(key: bytes) -> tuple[Cipher[modes.XTS], Callable[[int], modes.XTS]]:
+    """Return a cipher and the mode of block n.
 
+    Setting the mode of one Cipher, instead of making a Cipher per block, saves a third.
+    """
+    from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
-def _tweak(block: int) -> modes.XTS:
-    # Setting the mode of one Cipher, instead of making a Cipher per block, saves a third.
-    return modes.XTS((block * _SECTORS_PER_BLOCK).to_bytes(16, "little"))
+    def tweak(block: int) -> modes.XTS:
+        return modes.XTS((block * _SECTORS_PER_BLOCK).to_bytes(16, "little"))
+
+    return Cipher(algorithms.AES(key), modes.XTS(bytes(16))), tweak
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,7 @@ import trio
 
 from tdxd.core.config import Config, parse_address, parse_config
 from tdxd.errors import ConfigError, HostError, TdxdError
-from tdxd.guest import control, health
+from tdxd.guest import control
 from tdxd.guest.attest import Bundles
 from tdxd.guest.daemon import Daemon
 from tdxd.guest.events import Events
@@ -112,6 +112,8 @@ async def main(
         daemon.start()
         nursery.start_soon(control.serve, control_socket, daemon, events)
         if health_socket is not None:
+            from tdxd.guest import health
+
             nursery.start_soon(health.serve, health_socket, daemon)
         await _until_told_to_stop(daemon, notifier, nursery)
     events.emit("daemon.stopped")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from tdxd.host import rpc, tf_messages
+from tdxd.host import tf_messages
 
 __all__ = ["ModelStatusClient", "VersionStatus"]
 
@@ -42,6 +42,8 @@ class ModelStatusClient:
     """A channel to one model server's unix socket."""
 
     def __init__(self, path: str) -> None:
+        from tdxd.host import rpc  # with gRPC: only once there is a server to ask
+
         self._channel: Any = rpc.unix_channel(path)
 
     async def versions(self, model: str) -> tuple[VersionStatus, ...]:
@@ -49,6 +51,8 @@ class ModelStatusClient:
 
         Raises: UnreachableError while the server does not listen or knows no such model.
         """
+        from tdxd.host import rpc
+
         messages = tf_messages.model_status()
         request = messages.GetModelStatusRequest()
         request.model_spec.name = model
