@@ -112,14 +112,19 @@ async def main(
         daemon.start()
         nursery.start_soon(control.serve, control_socket, daemon, events)
         if health_socket is not None:
-            from tdxd.guest import health
-
-            nursery.start_soon(health.serve, health_socket, daemon)
+            nursery.start_soon(_serve_health, health_socket, daemon)
         await _until_told_to_stop(daemon, notifier, nursery)
     events.emit("daemon.stopped")
     if "control" not in sockets:
         _unlink(config.control.socket)
     shutil.rmtree(runtime_dir, ignore_errors=True)
+
+
+async def _serve_health(listener: socket.socket, daemon: Daemon) -> None:
+    """Answer health requests; loads h11 only now."""
+    from tdxd.guest import health
+
+    await health.serve(listener, daemon)
 
 
 async def _until_told_to_stop(

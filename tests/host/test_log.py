@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 from tdxd.host import log
 
 EVENT = {
@@ -25,10 +28,13 @@ def test_text_does_not_pass_terminal_escapes_on() -> None:
     assert line.isprintable()
 
 
-def test_without_a_journal_events_go_to_standard_error(capsys, monkeypatch) -> None:
-    monkeypatch.delenv("JOURNAL_STREAM", raising=False)
-    log.open_log()(EVENT)
-    assert capsys.readouterr().err == log.text_line(EVENT) + "\n"
+def test_without_a_journal_events_go_to_standard_error() -> None:
+    code = f"from tdxd.host import log; log.configure(); log.open_log()({EVENT!r})"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == ""
+    assert done.stderr.endswith(log.text_line(EVENT).partition(" ")[2] + "\n")
 
 
 def test_journal_fields_are_named_and_prioritised() -> None:
