@@ -1,0 +1,77 @@
+"""The key-encryption key: what it binds, and who may read its file."""
+
+from __future__ import annotations
+
+import pytest
+
+from tdxd.core.secret import Secret
+from tdxd.errors import ConfigError, DataError, HostError
+from tdxd.owner.kek import create_kek, read_kek, unwrap, wrap
+from tests.keyserver import make_bundle
+
+
+@pytest.fixture
+def directory(tmp_path):
+    create_kek(tmp_path, Secret(bytes(range(96))))
+    return tmp_path
+
+
+def test_wrap_and_unwrap(directory):
+    bundle = make_bundle("v", 3)
+    got = unwrap(read_kek(directory), wrap(directory, bundle), "v", 3)
+    assert got.manifest == bundle.manifest
+    assert got.secret.matches(bundle.secret)
+
+
+def test_adding_needs_the_public_half_only(directory):
+    (directory / "kek.private").unlink()
+    assert wrap(directory, make_bundle("v"))
+
+
+@pytest.mark.parametrize(("volume_id", "generation"), [("w", 3), ("v", 4)])
+def test_wrapped_for_another_volume_or_generation(directory, volume_id, generation):
+    wrapped = wrap(directory, make_bundle("v", 3))
+    with pytest.raises(DataError, match="does not open with this key"):
+        unwrap(read_kek(directory), wrapped, volume_id, generation)
+
+
+def test_wrapped_under_another_key(directory, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    create_kek(other, Secret(bytes(96)))
+    with pytest.raises(DataError):
+        unwrap(read_kek(other), wrap(directory, make_bundle("v")), "v", 1)
+
+
+def test_private_half_that_others_may_read(directory):
+    (directory / "kek.private").chmod(0o640)
+    with pytest.raises(ConfigError, match="has mode 0640, so others may read it"):
+        read_kek(directory)
+
+
+def test_private_half_is_made_private(directory):
+    assert (directory / "kek.private").stat().st_mode & 0o777 == 0o600
+
+
+def test_private_half_of_a_wrong_size(directory):
+    (directory / "kek.private").write_bytes(b"short")
+    with pytest.raises(ConfigError, match="has 5 bytes, not 96"):
+        read_kek(directory)
+
+
+def test_existing_key_is_never_overwritten(directory):
+    with pytest.raises(HostError, match="File exists"):
+        create_kek(directory, Secret(bytes(96)))
+
+
+def test_missing_key(tmp_path):
+    with pytest.raises(HostError, match=r"kek\.private: No such file"):
+        read_kek(tmp_path)
+    with pytest.raises(HostError, match=r"kek\.public: No such file"):
+        wrap(tmp_path, make_bundle("v"))
+
+
+def test_public_half_that_is_no_key(directory):
+    (directory / "kek.public").write_bytes(bytes(1216))
+    with pytest.raises(ConfigError, match="X25519"):
+        wrap(directory, make_bundle("v"))
