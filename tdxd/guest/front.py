@@ -102,7 +102,8 @@ def start_front(
     """
     directory = os.path.join(runtime_dir, "front")
     serve_dir = os.path.join(runtime_dir, "serve")
-    os.makedirs(directory, mode=0o755, exist_ok=True)
+    os.makedirs(directory, exist_ok=True)
+    os.chmod(directory, 0o755)  # noqa: S103 — the front's user reads the configuration in it
     api = haproxy.RuntimeApi(os.path.join(directory, "admin.sock"))
     with contextlib.ExitStack() as stack:
         admin = stack.enter_context(api.listen())

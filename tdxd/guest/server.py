@@ -205,7 +205,8 @@ def _fresh_directory(path: str, user: str) -> None:
     uid, _gid = user_ids(user)
     try:
         shutil.rmtree(path, ignore_errors=True)
-        os.makedirs(path, mode=0o755)
+        os.makedirs(path)
+        os.chmod(os.path.dirname(path), 0o755)  # noqa: S103 — the user passes through
         os.chmod(path, 0o770)  # noqa: S103 — group 0: the daemon, without CAP_DAC_OVERRIDE
         os.chown(path, uid, 0)
     except OSError as exc:

@@ -91,7 +91,7 @@ def _grpc_error(status: int, message: str) -> str:
     Source: "gRPC over HTTP2", section Responses, Trailers-Only.
     """
     return (
-        "http-request return status 200 content-type application/grpc "
+        "http-request return status 200 hdr content-type application/grpc "
         f'hdr grpc-status {status} hdr grpc-message "{message}"'
     )
 

@@ -74,6 +74,9 @@ def make_cell(
 
     def body() -> int:
         _unshare(CLONE_NEWNS)
+        # The umask is the thread's own from here on (CLONE_NEWNS implies CLONE_FS): the
+        # child's user must pass through the directories made below.
+        os.umask(0o022)
         _fill(hide, binds)
         return _namespace("mnt")
 

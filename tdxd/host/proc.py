@@ -47,10 +47,19 @@ class Process:
 
     async def wait(self) -> int:
         """Wait for its end; return the exit status, negative for a signal."""
-        if not self._ended:
-            await trio.lowlevel.wait_readable(self._pidfd)
-            self._reap()
+        await self._until_ended()
+        self._reap()
         return self._popen.wait()
+
+    async def _until_ended(self) -> None:
+        """Wait for the pidfd; on a copy, since trio lets one task wait for a descriptor."""
+        if self._ended:
+            return
+        pidfd = os.dup(self._pidfd)
+        try:
+            await trio.lowlevel.wait_readable(pidfd)
+        finally:
+            os.close(pidfd)
 
     def _reap(self) -> None:
         """Collect the status, and end what the child left running in its session."""
@@ -59,7 +68,6 @@ class Process:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._popen.pid, signal.SIGKILL)
             self._popen.wait()
-            trio.lowlevel.notify_closing(self._pidfd)
             os.close(self._pidfd)
 
     async def stop(self, timeout_s: float, *, signal: int = signal.SIGTERM) -> int:
@@ -68,7 +76,7 @@ class Process:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._popen.pid, signal)
             with trio.move_on_after(timeout_s):
-                await trio.lowlevel.wait_readable(self._pidfd)
+                await self._until_ended()
             self.kill()
         return self._popen.wait()
 

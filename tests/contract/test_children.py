@@ -159,7 +159,7 @@ async def test_stop_ends_what_ignores_the_signal_and_its_children(
         ChildSpec(name="test", argv=argv(code), user="nobody", cell=cell)
     )
     grandchild = 0
-    async with aclosing(child.lines()) as lines:  # type: ignore[type-var]
+    async with aclosing(child.lines()) as lines:
         async for line in lines:
             grandchild = int(line)
             break
@@ -228,3 +228,25 @@ def test_cells_leave_no_descriptor_and_no_mount(children, runtime) -> None:
     for _ in range(3):
         children.make_cell(hide=str(runtime), binds=[]).close()
     assert (len(os.listdir("/proc/self/fd")), mount.mount_points()) == before
+
+
+async def test_several_tasks_may_wait_while_another_stops_it(children, runtime) -> None:
+    cell = children.make_cell(hide=str(runtime), binds=[])
+    child = children.spawn(
+        ChildSpec(name="test", argv=("sleep", "60"), user="nobody", cell=cell)
+    )
+    statuses: list[int] = []
+
+    async def watch() -> None:
+        statuses.append(await child.wait())
+
+    with trio.fail_after(10):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(watch)
+            nursery.start_soon(watch)
+            await trio.sleep(0.2)
+            statuses.append(await child.stop(5))
+    async for _line in child.lines():
+        pass
+    cell.close()
+    assert statuses == [-15] * 3

@@ -6,9 +6,10 @@ import os
 import shutil
 import socket
 import ssl
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent import futures
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -36,7 +37,9 @@ class Backend(grpc.GenericRpcHandler):
         self.slot = slot.encode()
         self.seen: list[str] = []
 
-    def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
+    def service(
+        self, details: grpc.HandlerCallDetails
+    ) -> grpc.RpcMethodHandler[Any, Any]:
         self.seen.append(details.method)
         return grpc.unary_unary_rpc_method_handler(lambda _request, _context: self.slot)
 
@@ -90,15 +93,17 @@ class Running:
             f"localhost:{self.port}", credentials, options=options
         )
 
-    async def call(self, channel: grpc.Channel, method: str) -> bytes:
-        stub = channel.unary_unary(method, None, None)
+    async def call(
+        self, channel: grpc.Channel, method: str, size_bytes: int = 100_000
+    ) -> bytes:
+        stub: Any = channel.unary_unary(method, None, None)
         return await trio.to_thread.run_sync(
-            lambda: stub(b"x" * 100_000, timeout=10, wait_for_ready=True)
+            lambda: stub(b"x" * size_bytes, timeout=10, wait_for_ready=True)
         )
 
 
 @pytest.fixture
-async def running(runtime: Path, host: Host, backends) -> Running:
+async def running(runtime: Path, host: Host, backends) -> AsyncIterator[Running]:
     private, public = self_signed("localhost")
     listener = listen_tcp(Address("127.0.0.1", 0))
     port = listener.getsockname()[1]
@@ -126,7 +131,7 @@ async def test_inference_and_status_pass(running, backends) -> None:
 
 async def test_whatever_changes_the_server_is_refused(running, backends) -> None:
     with running.channel() as channel, pytest.raises(grpc.RpcError) as caught:
-        await running.call(channel, RELOAD)
+        await running.call(channel, RELOAD, size_bytes=100)
     assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
     assert backends["a"].seen == []
 
@@ -158,7 +163,7 @@ async def test_streams_move_to_the_other_slot_without_a_failed_call(running) -> 
 async def test_without_a_model_server_the_status_is_unavailable(running) -> None:
     await running.front.forget("a")
     with running.channel() as channel:
-        stub = channel.unary_unary(PREDICT, None, None)
+        stub: Any = channel.unary_unary(PREDICT, None, None)
         with pytest.raises(grpc.RpcError) as caught:
             await trio.to_thread.run_sync(lambda: stub(b"", timeout=10))
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
@@ -183,6 +188,8 @@ async def test_no_private_key_lies_on_a_disk(running, runtime) -> None:
 
 
 async def test_the_front_runs_unprivileged_without_a_network(running) -> None:
+    with running.channel() as channel:
+        await running.call(channel, PREDICT)
     status = Path(f"/proc/{running.front.child.pid}/status").read_text()
     assert "\nUid:\t65534\t65534\t65534\t65534\n" in status
     assert "\nCapEff:\t0000000000000000\n" in status
