@@ -43,21 +43,28 @@ _CRC32C_POLYNOMIAL = 0x82F63B78
 def normalised_modes(read: Read) -> Iterator[Patch]:
     """Yield what sets every mode: files 0444, directories 0555, `tls/` 0600 and 0700.
 
-    Raises: DataError for a layout that mkfs.erofs does not write without compression.
+    Raises: DataError for a layout that mkfs.erofs does not write without compression, for
+    anything but files and directories, and for a file that `tls/` shares with the rest.
     """
+    read = _exactly(read)
     magic, _sum, _compat, block_bits, _slots, root_nid, meta, _xattr = _SUPER.unpack(
         read(_SUPER_OFFSET, _SUPER.size)
     )
-    if magic != _SUPER_MAGIC or 1 << block_bits != _BLOCK:
+    if magic != _SUPER_MAGIC or block_bits != _BLOCK.bit_length() - 1:
         raise DataError("the file system is not erofs with 4096-byte blocks")
     base = meta * _BLOCK
     pending: list[tuple[int, bool, bool]] = [(root_nid, False, True)]
-    seen: set[int] = set()
+    seen: dict[int, bool] = {}
     while pending:
         nid, private, is_root = pending.pop()
-        if nid in seen:  # a hard link
+        if nid in seen:
+            if seen[nid] != private:
+                raise DataError(
+                    "a hard link joins a file below tls/ with one outside",
+                    hint="copy the file: below tls/ it is private, outside it is not",
+                )
             continue
-        seen.add(nid)
+        seen[nid] = private
         offset = base + nid * _SLOT_BYTES
         mode = _INODE.unpack(read(offset, _INODE.size))[2]
         yield (
@@ -70,23 +77,33 @@ def normalised_modes(read: Read) -> Iterator[Patch]:
                 pending.append((child, inside, False))
 
 
+def _exactly(read: Read) -> Read:
+    """Refuse to read outside the image."""
+
+    def checked(offset: int, size: int) -> bytes:
+        data = read(offset, size)
+        if len(data) != size:
+            raise DataError(f"the file system ends before byte {offset + size}")
+        return data
+
+    return checked
+
+
 def _normal(mode: int, *, private: bool) -> int:
     kind = stat.S_IFMT(mode)
     if kind == stat.S_IFDIR:
         return kind | (0o700 if private else 0o555)
     if kind == stat.S_IFREG:
         return kind | (0o600 if private else 0o444)
-    if kind == stat.S_IFLNK:
-        return kind | 0o777
-    raise DataError(f"the file system holds a special file, mode {mode:o}")
+    raise DataError(f"the file system holds a link or special file, mode {mode:o}")
 
 
 def _entries(read: Read, offset: int) -> Iterator[tuple[bytes, int]]:
     """Yield (name, nid) of a directory, without `.` and `..`."""
     for block in _blocks(read, offset):
-        if not block:
-            continue
-        count = _DIRENT.unpack_from(block)[1] // _DIRENT.size
+        count = int.from_bytes(block[8:10], "little") // _DIRENT.size
+        if not 0 < count <= len(block) // _DIRENT.size:
+            raise DataError(f"the file system has a directory with {count} entries")
         entries = [
             _DIRENT.unpack_from(block, index * _DIRENT.size) for index in range(count)
         ]

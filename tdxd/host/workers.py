@@ -28,6 +28,8 @@ __all__ = ["RANGE_BLOCKS", "Workers", "cancelled_error", "never"]
 
 RANGE_BLOCKS = 1024
 """4 MiB; a multiple of the 128 digests in a hash block, so that no two ranges share one."""
+_QUEUE_RANGES = 2
+"""How many ranges a worker holds: one in work, and one so that it never waits for `done`."""
 _POLL_S = 0.1
 _END_TIMEOUT_S = 5.0
 _PROGRAM = (
@@ -91,33 +93,36 @@ class Workers:
         HostError for reading, writing, a worker that ended, and when `cancelled` turns true.
         """
         waiting = collections.deque(range(0, blocks, RANGE_BLOCKS))
-        running: dict[int, int] = {}
+        running: list[collections.deque[int]] = [
+            collections.deque() for _ in self._processes
+        ]
         with selectors.DefaultSelector() as selector:
             for index, process in enumerate(self._processes):
                 self._send(process, task.encode())
                 selector.register(_stdout(process), selectors.EVENT_READ, index)
-                self._feed(index, waiting, running, blocks)
-            while running:
+            for index in [*range(len(self._processes))] * _QUEUE_RANGES:
+                self._feed(index, waiting, running[index], blocks)
+            while any(running):
                 if cancelled():
                     raise cancelled_error(self._what)
                 for key, _ in selector.select(_POLL_S):
                     status, value = self._receive(self._processes[key.data])
                     self._check(status, value)
+                    first = running[key.data].popleft()
+                    self._feed(key.data, waiting, running[key.data], blocks)
                     if done is not None:
-                        done(running[key.data], value)
-                    del running[key.data]
-                    self._feed(key.data, waiting, running, blocks)
+                        done(first, value)
 
     def _feed(
         self,
         index: int,
         waiting: collections.deque[int],
-        running: dict[int, int],
+        running: collections.deque[int],
         blocks: int,
     ) -> None:
         if waiting:
             first = waiting.popleft()
-            running[index] = first
+            running.append(first)
             count = min(RANGE_BLOCKS, blocks - first)
             self._send(self._processes[index], frame([first, count]))
 
@@ -141,17 +146,17 @@ class Workers:
     def _send(self, process: subprocess.Popen[bytes], data: bytes) -> None:
         assert process.stdin is not None
         try:
-            process.stdin.write(data)
-            process.stdin.flush()
+            process.stdin.write(data)  # whole: it is shorter than PIPE_BUF
         except BrokenPipeError:
             raise self._ended(process) from None
 
     def _receive(self, process: subprocess.Popen[bytes]) -> tuple[str, int]:
         stdout = _stdout(process)
-        prefix = stdout.read(FRAME_PREFIX_BYTES)
-        if len(prefix) < FRAME_PREFIX_BYTES:
+        prefix = _read_exactly(stdout, FRAME_PREFIX_BYTES)
+        body = _read_exactly(stdout, int.from_bytes(prefix, "big"))
+        if not body:
             raise self._ended(process)
-        status, value = msgpack.unpackb(stdout.read(int.from_bytes(prefix, "big")))
+        status, value = msgpack.unpackb(body)
         return status, value
 
     def _ended(self, process: subprocess.Popen[bytes]) -> HostError:
@@ -185,6 +190,7 @@ def _start(fds: tuple[int, ...]) -> subprocess.Popen[bytes]:
     root = os.path.dirname(os.path.dirname(os.path.abspath(tdxd.__file__)))
     return subprocess.Popen(
         [sys.executable, "-I", "-c", _PROGRAM, root],
+        bufsize=0,  # an answer must not wait in a buffer that select does not see
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         pass_fds=fds,
@@ -195,3 +201,11 @@ def _start(fds: tuple[int, ...]) -> subprocess.Popen[bytes]:
 def _stdout(process: subprocess.Popen[bytes]) -> IO[bytes]:
     assert process.stdout is not None
     return process.stdout
+
+
+def _read_exactly(pipe: IO[bytes], size: int) -> bytes:
+    """Read `size` bytes, or what there is before the end."""
+    data = b""
+    while len(data) < size and (more := pipe.read(size - len(data))):
+        data += more
+    return data

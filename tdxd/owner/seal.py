@@ -6,13 +6,12 @@ the tree comes first. Nothing appears under a final name before it is whole.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import datetime as dt
 import hashlib
 import os
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from tdxd.core import erofs, luks2, verity
@@ -23,6 +22,7 @@ from tdxd.errors import DataError, HostError
 from tdxd.host.range_worker import Task
 from tdxd.host.workers import Workers
 from tdxd.owner import survey
+from tdxd.owner.outputs import Outputs, unnamed_file
 
 __all__ = ["SealRequest", "Sealed", "seal_directory"]
 
@@ -66,51 +66,45 @@ def seal_directory(request: SealRequest, progress: Progress) -> Sealed:
     Raises: DataError for a directory that cannot be sealed, HostError for the disk; nothing
     is left under a final name.
     """
-    _refuse_existing(request)
-    size_bytes = survey.survey(request.directory)
-    survey.check_space(request.image.parent, 2 * size_bytes)
-    with _unnamed(request.image.parent) as plain, _unnamed(request.image.parent) as out:
-        progress("file system", 0, size_bytes)
-        _make_file_system(request, plain)
-        count, name = os.cpu_count() or 1, str(request.image)
-        with Workers(count, fds=(plain, out), what=name) as workers:
-            bundle = _build_tree(request, plain, workers, progress)
-            _encrypt(request, bundle, plain, out, workers, progress)
-        record = _describe(request, bundle, out, progress)
-        _write_file(request, request.bundle, bundle.encode(), 0o600)
+    with Outputs(force=request.force) as outputs:
+        # The image is named last: whoever sees it finds the others beside it.
+        passphrase = -1
         if request.recovery is not None:
-            with luks2.recovery_passphrase(bundle) as passphrase:
-                _write_file(
-                    request, request.recovery, passphrase.reveal() + b"\n", 0o600
-                )
-        _write_file(request, request.record, record.encode(), 0o644)
-        _give_name(out, request.image, force=request.force)
+            passphrase = outputs.reserve(request.recovery, mode=0o600)
+        bundle_fd = outputs.reserve(request.bundle, mode=0o600)
+        record_fd = outputs.reserve(request.record, mode=0o644)
+        image = outputs.reserve(request.image, mode=0o644)
+        size_bytes = survey.survey(request.directory)
+        survey.check_space(request.image.parent, 2 * size_bytes)
+        bundle, digest = _seal(request, image, size_bytes, progress)
+        record = _describe(request, bundle, digest)
+        _write(request.bundle, bundle_fd, bundle.encode())
+        _write(request.record, record_fd, record.encode())
+        if request.recovery is not None:
+            with luks2.recovery_passphrase(bundle) as text:
+                _write(request.recovery, passphrase, text.reveal() + b"\n")
     return Sealed(bundle=bundle, record=record)
 
 
-def _refuse_existing(request: SealRequest) -> None:
-    targets = [request.image, request.bundle, request.record, request.recovery]
-    for path in targets:
-        if path is not None and path.exists() and not request.force:
-            hint = "name another, or overwrite with --force"
-            raise DataError(f"{path} exists already", hint=hint)
+def _seal(
+    request: SealRequest, image: int, size_bytes: int, progress: Progress
+) -> tuple[KeyBundle, str]:
+    """Fill the image by way of a plaintext file; return the bundle and the image's SHA-256."""
+    with unnamed_file(request.image.parent) as plain:
+        progress("file system", 0, size_bytes)
+        _make_file_system(request, plain)
+        count, name = len(os.sched_getaffinity(0)), str(request.image)
+        with Workers(count, fds=(plain, image), what=name) as workers:
+            bundle = _build_tree(request, plain, workers, progress)
+            digest = _encrypt(request, bundle, plain, image, workers, progress)
+    return bundle, digest
 
 
-@contextlib.contextmanager
-def _unnamed(directory: Path) -> Iterator[int]:
-    """Open a file without a name: an interrupted run leaves nothing.
-
-    Raises: HostError.
-    """
+def _write(path: Path, fd: int, data: bytes) -> None:
     try:
-        fd = os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        os.write(fd, data)
     except OSError as exc:
-        hint = "the output directory must exist and take temporary files (O_TMPFILE)"
-        raise HostError.of("make a file in", str(directory), exc, hint=hint) from exc
-    try:
-        yield fd
-    finally:
-        os.close(fd)
+        raise HostError.of("write", str(path), exc) from exc
 
 
 def _make_file_system(request: SealRequest, plain: int) -> None:
@@ -120,7 +114,9 @@ def _make_file_system(request: SealRequest, plain: int) -> None:
     uuid = "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))
     target = f"/proc/self/fd/{plain}"
     options = ("-x-1", "-T0", f"-U{uuid}", "--all-root", "--quiet")
-    command = ["mkfs.erofs", *options, target, str(request.directory)]
+    # An absolute path cannot be taken for an option.
+    source = str(request.directory.absolute())
+    command = ["mkfs.erofs", *options, target, source]
     try:
         made = subprocess.run(
             command, pass_fds=(plain,), capture_output=True, check=False
@@ -150,6 +146,7 @@ def _build_tree(
     data_blocks = os.fstat(plain).st_size // BLOCK_BYTES
     geometry = verity.geometry(data_blocks)
     salt = _derived(request, "verity-salt", 32)
+    progress("hash tree", 0, data_blocks * BLOCK_BYTES)
     for level in reversed(geometry.levels):
         task = Task(
             op="hash",
@@ -191,81 +188,70 @@ def _encrypt(
     request: SealRequest,
     bundle: KeyBundle,
     plain: int,
-    out: int,
+    image: int,
     workers: Workers,
     progress: Progress,
-) -> None:
-    """Write header and payload, down to the disk."""
+) -> str:
+    """Write header and payload; return the SHA-256 of the whole file, in hex."""
     manifest = bundle.manifest
-    header = luks2.build_header(bundle, recovery=request.recovery is not None)
     blocks = manifest.data_blocks + manifest.hash_blocks
+    digest = _FileDigest(image, manifest, _Counter("encrypt", blocks, progress))
+    header = luks2.build_header(bundle, recovery=request.recovery is not None)
     try:
-        os.posix_fallocate(out, 0, manifest.image_bytes)
-        os.pwrite(out, header, 0)
+        os.posix_fallocate(image, 0, manifest.image_bytes)
+        os.pwrite(image, header, 0)
         with volume_key(bundle) as key:
             task = Task(
                 op="encrypt",
                 in_fd=plain,
                 in_base=0,
-                out_fd=out,
+                out_fd=image,
                 out_base=manifest.payload_offset_bytes,
                 key=key.reveal(),
             )
-            workers.run(task, blocks=blocks, done=_Counter("encrypt", blocks, progress))
-        os.fsync(out)
+            workers.run(task, blocks=blocks, done=digest.add)
     except OSError as exc:
         raise HostError.of("write", str(request.image), exc) from exc
+    return digest.finish()
 
 
-def _describe(
-    request: SealRequest, bundle: KeyBundle, out: int, progress: Progress
-) -> PublicRecord:
-    manifest = bundle.manifest
+class _FileDigest:
+    """SHA-256 of the image, taken while the workers write it, as far as it has no gap."""
+
+    def __init__(self, fd: int, manifest: Manifest, counter: _Counter) -> None:
+        self._fd, self._manifest, self._counter = fd, manifest, counter
+        self._state = hashlib.sha256()
+        self._ready: dict[int, int] = {}
+        self._next_block = 0
+        self._hashed_bytes = 0
+
+    def add(self, first: int, blocks: int) -> None:
+        """Take note of a written range, and hash what lies before the first gap."""
+        self._ready[first] = blocks
+        while (more := self._ready.pop(self._next_block, None)) is not None:
+            self._next_block += more
+        end = self._manifest.payload_offset_bytes + self._next_block * BLOCK_BYTES
+        while self._hashed_bytes < end:
+            size = min(_COPY_BYTES, end - self._hashed_bytes)
+            self._state.update(os.pread(self._fd, size, self._hashed_bytes))
+            self._hashed_bytes += size
+        self._counter(first, blocks)
+
+    def finish(self) -> str:
+        """Return the digest in hex; every range must have been added."""
+        assert self._hashed_bytes == self._manifest.image_bytes
+        return self._state.hexdigest()
+
+
+def _describe(request: SealRequest, bundle: KeyBundle, digest: str) -> PublicRecord:
     now = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
     return PublicRecord(
-        id=manifest.volume_id,
-        generation=manifest.generation,
-        size_bytes=manifest.image_bytes,
-        sha256=_sha256(out, manifest.image_bytes, progress),
+        id=bundle.manifest.volume_id,
+        generation=bundle.manifest.generation,
+        size_bytes=bundle.manifest.image_bytes,
+        sha256=digest,
         created=request.created or now,
     )
-
-
-def _sha256(fd: int, size_bytes: int, progress: Progress) -> str:
-    state = hashlib.sha256()
-    for offset in range(0, size_bytes, _COPY_BYTES):
-        state.update(os.pread(fd, min(_COPY_BYTES, size_bytes - offset), offset))
-        progress("checksum", min(offset + _COPY_BYTES, size_bytes), size_bytes)
-    return state.hexdigest()
-
-
-def _write_file(request: SealRequest, path: Path, data: bytes, mode: int) -> None:
-    """Write a small file so that it appears whole."""
-    with _unnamed(path.parent) as fd:
-        os.write(fd, data)
-        os.fchmod(fd, mode)
-        os.fsync(fd)
-        _give_name(fd, path, force=request.force)
-
-
-def _give_name(fd: int, path: Path, *, force: bool) -> None:
-    """Link an unnamed file to its final name; over an old file by way of a new name.
-
-    Raises: HostError.
-    """
-    name = f".{path.name}.{os.getpid()}.new" if force else path.name
-    try:
-        parent = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            # With a directory descriptor Python calls linkat(AT_SYMLINK_FOLLOW), as open(2)
-            # wants it for files made with O_TMPFILE.
-            os.link(f"/proc/self/fd/{fd}", name, dst_dir_fd=parent)
-            if force:
-                os.replace(name, path.name, src_dir_fd=parent, dst_dir_fd=parent)
-        finally:
-            os.close(parent)
-    except OSError as exc:
-        raise HostError.of("create", str(path), exc) from exc
 
 
 def _derived(request: SealRequest, label: str, size: int) -> bytes:

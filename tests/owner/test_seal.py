@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import stat
 import subprocess
 import sys
@@ -230,18 +231,76 @@ def test_existing_files_are_kept_without_force(model, tmp_path) -> None:
     assert len(list((tmp_path / "out").iterdir())) == 3
 
 
-def test_special_files_and_escaping_links_are_refused(model, tmp_path) -> None:
-    for name, action, text in (
-        ("fifo", os.mkfifo, "is a FIFO"),
-        ("out", lambda path: path.symlink_to("/etc/passwd"), "leads out"),
-        ("up", lambda path: path.symlink_to("../../../x"), "leads out"),
+def bind_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(str(path))
+
+
+@pytest.mark.parametrize(
+    ("action", "text"),
+    [
+        (os.mkfifo, "is a FIFO"),
+        (bind_socket, "is a socket or device"),
+        (lambda path: path.symlink_to("/etc/passwd"), "link, to /etc/passwd"),
+        (lambda path: path.symlink_to("../../../x"), r"link, to \.\./\.\./\.\./x"),
+        (lambda path: path.symlink_to("1"), "link, to 1"),
+    ],
+    ids=["fifo", "socket", "absolute-link", "escaping-link", "inner-link"],
+)
+def test_only_files_and_directories_are_sealed(model, tmp_path, action, text) -> None:
+    path = model / "models" / "m" / "odd"
+    action(path)
+    with pytest.raises(
+        DataError, match=f"{path} is .*{text}" if "link" in text else text
     ):
-        path = model / "models" / name
-        action(path)
-        with pytest.raises(DataError, match=text):
-            make(model, tmp_path / "out")
-        path.unlink()
+        make(model, tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_private_file_linked_from_the_models_is_refused(model, tmp_path) -> None:
+    os.link(model / "tls" / "server.pem", model / "models" / "m" / "1" / "leak")
+    with pytest.raises(DataError, match="hard link joins a file below tls/"):
+        make(model, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_hard_link_among_the_models_is_kept(model, tmp_path) -> None:
+    version = model / "models" / "m" / "1"
+    os.link(version / "saved_model.pb", version / "again.pb")
+    make(model, tmp_path / "out")
+
+
+def test_a_name_that_cannot_be_given_takes_back_the_others(model, tmp_path) -> None:
+    out = tmp_path / "out"
+    (out / "m.img").mkdir(
+        parents=True
+    )  # the image is named last, and cannot replace it
+    with pytest.raises(HostError, match=r"create .*m\.img"):
+        make(model, out, force=True)
+    assert [one.name for one in out.iterdir()] == ["m.img"]
+
+
+def test_a_directory_whose_name_looks_like_an_option(
+    model, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model.rename(tmp_path / "-zlz4")
+    make(Path("-zlz4"), tmp_path / "out")
+
+
+@pytest.mark.root
+def test_a_full_disk_is_noticed_before_anything_is_done(model, tmp_path) -> None:
+    point = tmp_path / "small"
+    point.mkdir()
+    assert (
+        run("mount", "-t", "tmpfs", "-o", "size=1m", "none", str(point)).returncode == 0
+    )
+    try:
+        with pytest.raises(DataError, match="has 1 MiB free, sealing needs"):
+            make(model, point)
+        assert list(point.iterdir()) == []
+    finally:
+        run("umount", str(point))
 
 
 def test_a_directory_without_models_is_refused(tmp_path) -> None:
