@@ -36,36 +36,7 @@ def _parser() -> argparse.ArgumentParser:
         "--version", action="version", version=f"tdx-seal {__version__}"
     )
     commands = parser.add_subparsers(dest="verb", required=True, metavar="COMMAND")
-
-    create = commands.add_parser("create", help="seal a directory")
-    create.add_argument(
-        "directory", type=Path, help="holds models/NAME/VERSION/…, tls/server.pem"
-    )
-    create.add_argument(
-        "--id", required=True, help="volume id: 1 to 64 of a-z 0-9 . _ -"
-    )
-    create.add_argument(
-        "--generation", required=True, type=int, help="counts up from 1"
-    )
-    create.add_argument(
-        "-o", "--output", required=True, type=Path, help="the image, NAME.img"
-    )
-    create.add_argument(
-        "--bundle", required=True, type=Path, help="the secret key bundle"
-    )
-    create.add_argument(
-        "--recovery",
-        type=Path,
-        metavar="FILE",
-        help="add a keyslot; write its passphrase here",
-    )
-    create.add_argument(
-        "--secret-from",
-        type=Path,
-        metavar="BUNDLE",
-        help="seal again under this bundle's secret",
-    )
-    create.add_argument("--force", action="store_true", help="overwrite existing files")
+    _add_create(commands.add_parser("create", help="seal a directory"))
 
     inspect = commands.add_parser(
         "inspect", help="show an image, a bundle or a public record"
@@ -79,15 +50,26 @@ def _parser() -> argparse.ArgumentParser:
 
     cert = commands.add_parser("cert", help="make the server's key and certificate")
     cert.add_argument("hostname", nargs="+", help="host names and IP addresses")
+    text = "key and certificate; default: server.pem"
     cert.add_argument(
-        "-o",
-        "--output",
-        type=Path,
-        default=Path("server.pem"),
-        help="key and certificate; default: server.pem",
+        "-o", "--output", type=Path, default=Path("server.pem"), help=text
     )
     cert.add_argument("--cert-out", type=Path, help="the certificate alone, for users")
     return parser
+
+
+def _add_create(create: argparse.ArgumentParser) -> None:
+    add = create.add_argument
+    add("directory", type=Path, help="holds models/NAME/VERSION/…, tls/server.pem")
+    add("--id", required=True, help="volume id: 1 to 64 of a-z 0-9 . _ -")
+    add("--generation", required=True, type=int, help="counts up from 1")
+    add("-o", "--output", required=True, type=Path, help="the image, NAME.img")
+    add("--bundle", required=True, type=Path, help="the secret key bundle")
+    text = "add a keyslot; write its passphrase here"
+    add("--recovery", type=Path, metavar="FILE", help=text)
+    text = "seal again under this bundle's secret"
+    add("--secret-from", type=Path, metavar="BUNDLE", help=text)
+    add("--force", action="store_true", help="overwrite existing files")
 
 
 def _main(argv: Sequence[str]) -> int:

@@ -238,6 +238,9 @@ class Config:
         if tls is not None and tls not in ids:
             msg = f"serving.tls_volume {tls!r} is no configured volume"
             raise ValueError(msg)
+        if self.serving and tls is None and len(ids) > 1:
+            msg = f"serving.tls_volume is missing: which of {', '.join(ids)} has the certificate"
+            raise ValueError(msg)
 
     def volume_named(self, volume_id: str) -> VolumeConfig | None:
         """Return the volume with this id."""

@@ -25,6 +25,7 @@ from tdxd.host.systemd import Notifier
 
 __all__ = ["check_machine", "fetch_bundles", "main", "read_config"]
 
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _SILENT_S = 30.0
 """A reconciler that has not looked for this long hangs, unless an action is under way."""
 
@@ -139,6 +140,8 @@ async def _until_told_to_stop(
     try:
         await _signals(daemon, notifier)
     finally:
+        for number in _SIGNALS:  # a second one must not cut the closing short
+            signal.signal(number, lambda *_: None)
         with trio.CancelScope(shield=True):
             notifier.send(STOPPING="1")
             await daemon.stop()
@@ -153,8 +156,7 @@ def _unlink(path: str) -> None:
 
 async def _signals(daemon: Daemon, notifier: Notifier) -> None:
     """Reload at SIGHUP; return at SIGTERM or SIGINT."""
-    wanted = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    with trio.open_signal_receiver(*wanted) as received:
+    with trio.open_signal_receiver(*_SIGNALS) as received:
         async with trio.open_nursery() as nursery:
             async for number in received:
                 daemon.events.emit(

@@ -17,6 +17,19 @@ _FROM = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 _UNTIL = dt.datetime(9999, 12, 31, 23, 59, 59, tzinfo=dt.UTC)
 """RFC 5280 §4.1.2.5: no expiry. The guest's clock is the host's, so it must prove nothing."""
 
+_USAGE = x509.KeyUsage(
+    digital_signature=True,
+    content_commitment=False,
+    key_encipherment=False,
+    data_encipherment=False,
+    key_agreement=False,
+    key_cert_sign=True,
+    crl_sign=False,
+    encipher_only=False,
+    decipher_only=False,
+)
+"""RFC 5280 §4.2.1.3: signs handshakes, and itself."""
+
 
 def make_server_certificate(names: tuple[str, ...]) -> tuple[bytes, bytes]:
     """Make a P-256 key and a self-signed certificate for host names and IP addresses.
@@ -30,17 +43,6 @@ def make_server_certificate(names: tuple[str, ...]) -> tuple[bytes, bytes]:
     subject = x509.Name(
         [x509.NameAttribute(x509.oid.NameOID.COMMON_NAME, names[0][:64])]
     )
-    usage = x509.KeyUsage(
-        digital_signature=True,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        key_cert_sign=True,
-        crl_sign=False,
-        encipher_only=False,
-        decipher_only=False,
-    )
     certificate = (
         x509.CertificateBuilder()
         .subject_name(subject)
@@ -53,7 +55,7 @@ def make_server_certificate(names: tuple[str, ...]) -> tuple[bytes, bytes]:
             x509.SubjectAlternativeName([_name(one) for one in names]), critical=False
         )
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(usage, critical=True)
+        .add_extension(_USAGE, critical=True)
         .add_extension(
             x509.ExtendedKeyUsage([x509.oid.ExtendedKeyUsageOID.SERVER_AUTH]),
             critical=False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
@@ -210,31 +211,38 @@ def test_bundle_of_another_image(world: World) -> None:
         fails(world, "failed", "volume-integrity", 65, "m.img", key_release=release)
 
 
-@pytest.mark.parametrize("fault", ["rtmr", "debug"])
-def test_quote_of_another_td_is_denied_and_explained(world: World, fault: str) -> None:
-    policy = world.directory / "strange.toml"
-    text = (world.directory / "policy.toml").read_text()
-    if fault == "rtmr":
-        lines = text.splitlines()
-        spoilt = [index for index, line in enumerate(lines) if "rtmr2" in line]
-        assert spoilt
-        head, _quote, rest = lines[spoilt[0]].partition('rtmr2 = "')
-        lines[spoilt[0]] = head + 'rtmr2 = "' + "f" * 96 + rest[96:]
-        text = "\n".join(lines) + "\n"
-    else:
-        text = text.replace("SEPT_VE_DISABLE", "DEBUG")
-    policy.write_text(text)
-    ok("tdx-keyd", "policy", "set", world.directory / "keys", "m", policy)
-    try:
-        with world.key_server():
-            fails(world, "denied", "key-denied", 77)
-            denied = ok(
-                "tdx-keyd", "audit", world.directory / "keys", "--denied", "--json"
-            )
-        assert '"denied"' in denied
-    finally:
-        good = world.directory / "policy.toml"
-        ok("tdx-keyd", "policy", "set", world.directory / "keys", "m", good)
+@pytest.mark.parametrize(
+    ("old", "new", "check"),
+    [
+        ("unified kernel image 1", "unified kernel image 2", "rtmr"),
+        ('["SEPT_VE_DISABLE"]', '["SEPT_VE_DISABLE", "DEBUG"]', ""),
+    ],
+    ids=["one RTMR differs", "debug TD"],
+)
+def test_quote_of_another_td_is_denied_and_explained(
+    world: World, old: str, new: str, check: str
+) -> None:
+    """The same genuine platform, another TD on it."""
+    strange = world.directory / "strange"
+    shutil.rmtree(strange, ignore_errors=True)
+    shutil.copytree(world.directory / "sim", strange)
+    description = strange / "platform.toml"
+    text = description.read_text()
+    assert old in text
+    description.write_text(text.replace(old, new))
+    before = world.sim_ready
+    with world.key_server():
+        try:
+            with world.simulator("strange"):
+                fails(world, "denied", "key-denied", 77)
+        finally:
+            world.sim_ready = before
+        store = world.directory / "keys"
+        records = json.loads(ok("tdx-keyd", "audit", store, "--denied", "--json"))
+        newest = max(records, key=lambda record: record["seq"])
+        explained = ok("tdx-keyd", "explain", store, newest["denial_id"])
+        assert check in explained
+        assert "m" in newest["volume"]
 
 
 def test_quote_under_another_root_is_denied(world: World) -> None:

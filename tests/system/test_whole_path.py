@@ -7,6 +7,7 @@ import os
 import signal
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,19 +33,22 @@ def predict(world: World, port: int, *more: object):
     )
 
 
-def serving(port: int) -> dict[str, object]:
+def serving(port: int) -> dict[str, Any]:
     return {"listen": f"127.0.0.1:{port}", "user": "nobody", "drain_timeout_s": 1}
 
 
 def answer(done) -> object:
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)["outputs"]["y"]
+    return json.loads(done.stdout)["outputs"]["y"]["values"]
 
 
 def test_a_prediction_over_tls_and_every_fault_on_the_way(world: World) -> None:
     """One long story, since a model server takes seconds to start."""
     port, health = free_port(), free_port()
-    config = {"serving": serving(port), "health": {"listen": f"127.0.0.1:{health}"}}
+    config: dict[str, Any] = {
+        "serving": serving(port),
+        "health": {"listen": f"127.0.0.1:{health}"},
+    }
     with world.key_server(), world.daemon(**config) as daemon:
         waited = daemon.ctl("wait", "--timeout", "60")
         assert waited.returncode == 0, waited.stdout + daemon.log.read_text()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -234,7 +235,9 @@ class World:
         return {**tables, **changes}
 
     @contextmanager
-    def daemon(self, **changes: Any) -> Iterator[Daemon]:
+    def daemon(
+        self, *, env: dict[str, str] | None = None, killed: bool = False, **changes: Any
+    ) -> Iterator[Daemon]:
         """Run tdxd; at the end nothing of it may be left."""
         run = Path("/run") / f"tdxd-system-{os.getpid()}"
         control = {"socket": f"{run}.sock", "runtime_dir": str(run)}
@@ -243,8 +246,9 @@ class World:
         path.write_text(toml(tables))
         log = self.directory / "tdxd.log"
         with log.open("w") as output:
+            argv = [str(BIN / "tdxd"), "--config", str(path)]
             process = subprocess.Popen(
-                [str(BIN / "tdxd"), "--config", str(path)], stderr=output
+                argv, stderr=output, env={**os.environ, **(env or {})}
             )
         daemon = Daemon(process, Path(control["socket"]), log)
         try:
@@ -257,10 +261,11 @@ class World:
             assert process.poll() is None, log.read_text()
             yield daemon
         finally:
-            process.terminate()
+            process.send_signal(signal.SIGKILL if killed else signal.SIGTERM)
             process.wait(60)
-        assert process.returncode == 0, log.read_text()
-        self.assert_nothing_left(run)
+        if not killed:
+            assert process.returncode == 0, log.read_text()
+            self.assert_nothing_left(run)
 
     @staticmethod
     def assert_nothing_left(run: Path) -> None:
