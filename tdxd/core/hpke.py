@@ -9,6 +9,7 @@ the caller passes in.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.asymmetric.mlkem import (
@@ -64,6 +65,7 @@ _LOW_ORDER = frozenset(
 that of "Curve25519: new Diffie-Hellman speed records", FAQ "validate public keys"."""
 
 
+@functools.cache  # making one costs as much as using it
 def _suite() -> Suite:
     return Suite(KEM.MLKEM768_X25519, KDF.HKDF_SHA256, AEAD.AES_256_GCM)
 

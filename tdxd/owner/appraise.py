@@ -218,8 +218,9 @@ def _verify(
     for status in TCB_STATUSES:
         policy = policy.allow_status(status)
     try:
-        verifier = dcap_qvl.QuoteVerifier(root.der)
-        found = verifier.verify_with_policy(quote, prepared.parsed, now_s, policy)
+        found = _verifier(root.der).verify_with_policy(
+            quote, prepared.parsed, now_s, policy
+        )
     except ValueError as exc:
         cause = _diagnose(quote, prepared, now_s, root) or str(exc)
         return None, " ".join(cause.split())
@@ -227,6 +228,13 @@ def _verify(
     if claims["tee_type"] != 0x81:
         return None, f"TEE type {claims['tee_type']:#x} is not TDX"
     return claims, ""
+
+
+@functools.lru_cache(maxsize=8)
+def _verifier(root_der: bytes | None) -> Any:
+    import dcap_qvl
+
+    return dcap_qvl.QuoteVerifier(root_der)
 
 
 def _diagnose(quote: bytes, prepared: Prepared, now_s: int, root: TrustedRoot) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -84,6 +85,11 @@ class Store:
     def __init__(self, engine: sa.Engine) -> None:
         self._engine = engine
         self._connection = engine.connect()
+        # What every release does goes past SQLAlchemy: there it costs ten times as much.
+        self._sqlite = cast(
+            "sqlite3.Connection", self._connection.connection.driver_connection
+        )
+        self._path = Path(engine.url.database or "")
         self._lock = threading.Lock()
 
     @classmethod
@@ -144,19 +150,21 @@ class Store:
 
         Raises: BusyError, HostError.
         """
-        with self._lock, _converted(Path(self._engine.url.database or "")):
-            self._connection.exec_driver_sql("BEGIN IMMEDIATE")
+        with self._lock, _converted(self._path):
+            self._sqlite.execute("BEGIN IMMEDIATE")
             try:
-                yield Transaction(self._connection)
+                yield Transaction(self._connection, self._sqlite)
+                self._sqlite.execute("COMMIT")
             except BaseException:
-                self._connection.rollback()
+                self._sqlite.rollback()
                 raise
-            self._connection.commit()
+            finally:
+                self._connection.rollback()  # ends SQLAlchemy's own notion of it
 
     def _rows(self, query: sa.Select[Any]) -> list[dict[str, Any]]:
-        with self._lock, _converted(Path(self._engine.url.database or "")):
+        with self._lock, _converted(self._path):
             rows = self._connection.execute(query).mappings().all()
-            self._connection.rollback()  # ends SQLAlchemy's own notion of a transaction
+            self._connection.rollback()  # ends SQLAlchemy's own notion of it
         return [dict(row) for row in rows]
 
     def meta(self, key: str) -> int:
@@ -166,9 +174,8 @@ class Store:
 
     def revision(self) -> int:
         """Return a number that grows with each change of volumes, generations and policies."""
-        with self._lock, _converted(Path(self._engine.url.database or "")):
-            found = self._connection.exec_driver_sql(_REVISION).scalar_one()
-            self._connection.rollback()
+        with self._lock, _converted(self._path):
+            (found,) = self._sqlite.execute(_REVISION).fetchone()
         return cast("int", found)
 
     def volume_ids(self) -> tuple[str, ...]:
@@ -210,8 +217,9 @@ class Store:
 class Transaction:
     """One change of the store, valid inside `Store.transaction` only."""
 
-    def __init__(self, connection: sa.Connection) -> None:
+    def __init__(self, connection: sa.Connection, raw: sqlite3.Connection) -> None:
         self._connection = connection
+        self._sqlite = raw
 
     def set_meta(self, key: str, value: int) -> None:
         """Set one number of the `meta` table."""
@@ -281,11 +289,10 @@ class Transaction:
     def record(self, records: Sequence[AuditRecord]) -> None:
         """Append audit records."""
         rows = [_audit_row(item) for item in records]
-        self._connection.exec_driver_sql(_APPEND, rows)
+        self._sqlite.executemany(_APPEND, rows)
 
 
 _AUDIT_COLUMNS = tuple(column.name for column in AUDIT.c if column.name != "seq")
-# Written out once: building the statement anew costs as much as writing the row.
 _APPEND = (
     f"INSERT INTO {AUDIT.name} ({', '.join(_AUDIT_COLUMNS)}) "  # noqa: S608  # our own names
     f"VALUES ({', '.join(':' + name for name in _AUDIT_COLUMNS)})"
@@ -343,8 +350,8 @@ def _set_pragmas(connection: Any, _record: object) -> None:
 def _converted(path: Path) -> Iterator[None]:
     try:
         yield
-    except SQLAlchemyError as exc:
-        reason = str(getattr(exc, "orig", None) or type(exc).__name__)
+    except (SQLAlchemyError, sqlite3.Error) as exc:
+        reason = str(getattr(exc, "orig", None) or exc)
         if "locked" in reason:
             raise BusyError(f"store {path} is locked by another process") from exc
         raise HostError("use", str(path), 0, hint=f"sqlite: {reason}") from exc
