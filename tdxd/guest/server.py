@@ -76,6 +76,8 @@ class ModelServer:
         self.child = child
         self.ready = False
         self.drained = False
+        self.leaving = False
+        """Whether its end is our doing."""
         self.drain_until_s: float | None = None
         self.started_s = trio.current_time()
         self.lines: collections.deque[str] = collections.deque(maxlen=_KEPT_LINES)

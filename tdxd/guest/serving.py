@@ -220,7 +220,7 @@ class ServingReconciler:
 
     async def _watch_server(self, server: ModelServer) -> None:
         status = await server.child.wait()
-        if self.servers.get(server.slot) is not server:
+        if server.leaving:
             return  # we ended it ourselves
         del self.servers[server.slot]
         server.close()
@@ -273,12 +273,14 @@ class ServingReconciler:
         await trio.sleep(_DRAIN_POLL_S)
 
     async def _stop_server(self, slot: str) -> None:
-        server = self.servers.pop(slot, None)
+        server = self.servers.get(slot)
         if server is None:
             return
+        server.leaving = True
         with trio.CancelScope(shield=True):
             await server.child.stop(_STOP_S)
         server.close()
+        del self.servers[slot]  # only now: its volumes are in use until it has ended
         self._events.emit("server.stopped", slot=slot)
 
     # --- the front ---

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -189,7 +190,7 @@ GOAL = ServingGoal(models_key="m1", front_key="f1")
 def do_serving(
     seen: ServingSeen, action: plan.ServingAction, goal: ServingGoal
 ) -> ServingSeen:
-    def change(slot: str, **fields: object) -> ServingSeen:
+    def change(slot: str, **fields: Any) -> ServingSeen:
         servers = tuple(
             dataclasses.replace(one, **fields) if one.slot == slot else one
             for one in seen.servers

@@ -141,12 +141,17 @@ def check_reload(world: World, daemon, port: int) -> None:
     path = world.directory / "tdxd.toml"
     before = path.read_text()
     image = world.directory / "other.img"
-    path.write_text(
-        before + f'[[volume]]\nid = "other"\nimage = "{image}"\nrequired = false\n'
-    )
+    other = f'[[volume]]\nid = "other"\nimage = "{image}"\nrequired = false\n'
+    path.write_text(before + other)
+    unclear = daemon.ctl("reload")
+    assert unclear.returncode == 78
+    assert "serving.tls_volume is missing: which of m, other" in unclear.stderr
+    named = before.replace("[serving]\n", '[serving]\ntls_volume = "m"\n')
+    path.write_text(named + other)
     clash = daemon.ctl("reload")
-    assert clash.returncode != 0  # both volumes hold a model called line
-    assert "model 'line' is in volumes" in daemon.ctl("status").stdout
+    assert clash.returncode == 75, clash.stderr  # both volumes hold a model called line
+    told = daemon.ctl("status").stdout
+    assert "model 'line' is in volumes" in told, clash.stderr + told
     assert answer(predict(world, port)) == [[3, 5, 7, 9]]  # the old server goes on
     path.write_text(before)
     back = daemon.ctl("reload")
