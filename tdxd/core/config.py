@@ -165,10 +165,9 @@ class MapperConfig:
 class ServingConfig:
     """The model server and its TLS front. Absent from the config: nothing is served."""
 
-    command: tuple[str, ...] = ()
-    """The model server; empty: `tensorflow_model_server` if installed, else the drop-in."""
+    command: str | None = None
+    """The model server; absent: `tensorflow_model_server` if installed, else the drop-in."""
     listen: str = "[::]:8500"
-    rest_listen: str | None = None
     tls_volume: str | None = None
     """The volume whose `tls/server.pem` the front uses; may be left out if there is one."""
     user: str = "tdxd-serve"
@@ -179,8 +178,6 @@ class ServingConfig:
 
     def __post_init__(self) -> None:
         parse_address(self.listen)
-        if self.rest_listen is not None:
-            parse_address(self.rest_listen)
         _positive(self, "ready_timeout_s", "drain_timeout_s")
 
 

@@ -45,8 +45,8 @@ def server_command(config: ServingConfig) -> tuple[str, ...]:
 
     Raises: ConfigError if there is none.
     """
-    if config.command:
-        return config.command
+    if config.command is not None:
+        return (config.command,)
     beside = os.path.join(os.path.dirname(sys.executable), "tdx-model-server")
     for name in ("tensorflow_model_server", "tdx-model-server", beside):
         found = shutil.which(name)

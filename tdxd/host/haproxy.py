@@ -88,10 +88,11 @@ backend models
 def _grpc_error(status: int, message: str) -> str:
     """Answer as a gRPC server does that has only trailers to send.
 
+    HAProxy sends no content type without a body; clients read the status all the same.
     Source: "gRPC over HTTP2", section Responses, Trailers-Only.
     """
     return (
-        "http-request return status 200 hdr content-type application/grpc "
+        "http-request return status 200 "
         f'hdr grpc-status {status} hdr grpc-message "{message}"'
     )
 

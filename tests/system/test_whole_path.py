@@ -50,7 +50,7 @@ def test_a_prediction_over_tls_and_every_fault_on_the_way(world: World) -> None:
         "health": {"listen": f"127.0.0.1:{health}"},
     }
     with world.key_server(), world.daemon(**config) as daemon:
-        waited = daemon.ctl("wait", "--timeout", "60")
+        waited = daemon.ctl("wait", "--timeout", "150")
         assert waited.returncode == 0, waited.stdout + daemon.log.read_text()
         assert answer(predict(world, port)) == [[3, 5, 7, 9]]
 
