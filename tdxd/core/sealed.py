@@ -10,7 +10,6 @@ Source: Linux, Documentation/admin-guide/device-mapper/dm-crypt.rst; IEEE 1619-2
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import re
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Literal
 
 from tdxd.core.bundle import BLOCK_BYTES
 from tdxd.core.decode import decode
-from tdxd.core.verity import DIGEST_BYTES
+from tdxd.core.verity import DIGEST_BYTES, run_digests
 from tdxd.core.volume_id import check_volume_id
 from tdxd.errors import DataError
 
@@ -69,14 +68,14 @@ def first_bad_block(salt: bytes, run: memoryview, digests: memoryview) -> int:
 
     Returns the index of the first block that differs, or -1.
     """
-    salted = hashlib.sha256(salt).copy
-    for index in range(len(run) // BLOCK_BYTES):
-        state = salted()
-        state.update(run[index * BLOCK_BYTES : (index + 1) * BLOCK_BYTES])
-        want = digests[index * DIGEST_BYTES : (index + 1) * DIGEST_BYTES]
-        if state.digest() != want:
-            return index
-    return -1
+    found = run_digests(salt, run)
+    if found == digests[: len(found)]:
+        return -1
+    blocks = range(len(run) // BLOCK_BYTES)
+    spans = (
+        slice(index * DIGEST_BYTES, (index + 1) * DIGEST_BYTES) for index in blocks
+    )
+    return next(index for index, at in enumerate(spans) if found[at] != digests[at])
 
 
 def open_run(

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-import functools
 import os
 import sys
 from collections.abc import Callable
@@ -69,18 +68,23 @@ def frame(value: object) -> bytes:
     return len(body).to_bytes(FRAME_PREFIX_BYTES, "big") + body
 
 
-Crypt = Callable[[int, memoryview, memoryview], None]
-"""Encrypts or decrypts: first block, run, output."""
+Crypt = Callable[[int, int], None]
+"""Encrypts or decrypts from the input buffer to the output buffer: first block, blocks."""
 
 
-def _crypt(key: bytes, *, encrypt: bool) -> Crypt:
+def _crypt(key: bytes, source: bytearray, target: bytearray, *, encrypt: bool) -> Crypt:
     if libcrypto.available():
-        return libcrypto.Xts(key, encrypt=encrypt).run
-    slow = sealed.encrypt_run if encrypt else sealed.decrypt_run
-    return functools.partial(slow, key)
+        return libcrypto.Xts(key, encrypt=encrypt, source=source, target=target).run
+    work = sealed.encrypt_run if encrypt else sealed.decrypt_run
+    run, out = memoryview(source), memoryview(target)
+
+    def slow(first: int, blocks: int) -> None:
+        work(key, first, run[: blocks * BLOCK_BYTES], out)
+
+    return slow
 
 
-def _no_key(_first: int, _run: memoryview, _out: memoryview) -> None:
+def _no_key(_first: int, _blocks: int) -> None:
     msg = "no task yet"
     raise AssertionError(msg)
 
@@ -98,14 +102,17 @@ class _Worker:
 
     def __init__(self) -> None:
         size = _RUN_BLOCKS * BLOCK_BYTES
-        self._in = memoryview(bytearray(size))
-        self._out = memoryview(bytearray(size + sealed.RUN_SLACK_BYTES))
+        self._source = bytearray(size)
+        self._target = bytearray(size + sealed.RUN_SLACK_BYTES)
+        self._in, self._out = memoryview(self._source), memoryview(self._target)
         self._crypt: Crypt = _no_key
 
     def begin(self, task: Task) -> None:
         """Set up for another task."""
         if task.op != "hash":
-            self._crypt = _crypt(task.key, encrypt=task.op == "encrypt")
+            source, target = self._source, self._target
+            encrypt = task.op == "encrypt"
+            self._crypt = _crypt(task.key, source, target, encrypt=encrypt)
 
     def do(self, task: Task, first: int, blocks: int) -> tuple[str, int]:
         try:
@@ -143,7 +150,7 @@ class _Worker:
     def _encrypt(self, task: Task, first: int, blocks: int) -> tuple[str, int]:
         for start in range(first, first + blocks, _RUN_BLOCKS):
             run = self._read(task, start, first + blocks)
-            self._crypt(start, run, self._out)
+            self._crypt(start, len(run) // BLOCK_BYTES)
             self._write(task, start, len(run))
         return "done", blocks
 
@@ -152,7 +159,7 @@ class _Worker:
         digests = memoryview(os.pread(task.digests_fd, size, offset))
         for start in range(first, first + blocks, _RUN_BLOCKS):
             run = self._read(task, start, first + blocks)
-            self._crypt(start, run, self._out)
+            self._crypt(start, len(run) // BLOCK_BYTES)
             plain = self._out[: len(run)]
             wanted = digests[(start - first) * DIGEST_BYTES :]
             bad = sealed.first_bad_block(task.salt, plain, wanted)

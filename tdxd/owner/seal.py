@@ -90,13 +90,16 @@ def _seal(
     request: SealRequest, image: int, size_bytes: int, progress: Progress
 ) -> tuple[KeyBundle, str]:
     """Fill the image by way of a plaintext file; return the bundle and the image's SHA-256."""
-    with unnamed_file(request.image.parent) as plain:
+    count, name = len(os.sched_getaffinity(0)), str(request.image)
+    with (
+        unnamed_file(request.image.parent) as plain,
+        Workers(count, fds=(plain, image), what=name) as workers,
+    ):
+        # The workers load their libraries while mkfs.erofs runs.
         progress("file system", 0, size_bytes)
         _make_file_system(request, plain)
-        count, name = len(os.sched_getaffinity(0)), str(request.image)
-        with Workers(count, fds=(plain, image), what=name) as workers:
-            bundle = _build_tree(request, plain, workers, progress)
-            digest = _encrypt(request, bundle, plain, image, workers, progress)
+        bundle = _build_tree(request, plain, workers, progress)
+        digest = _encrypt(request, bundle, plain, image, workers, progress)
     return bundle, digest
 
 

@@ -18,11 +18,15 @@ KEY = hashlib.shake_256(b"key").digest(64)
 RUN = hashlib.shake_256(b"run").digest(3 * 4096)
 
 
+def xts(source: bytearray, target: bytearray, *, encrypt: bool) -> libcrypto.Xts:
+    return libcrypto.Xts(KEY, encrypt=encrypt, source=source, target=target)
+
+
 def fast(data: bytes, first_block: int, *, encrypt: bool) -> bytes:
     source, target = bytearray(data), bytearray(len(data))
-    xts = libcrypto.Xts(KEY, encrypt=encrypt)
-    xts.run(first_block, memoryview(source), memoryview(target))
-    xts.close()
+    made = xts(source, target, encrypt=encrypt)
+    made.run(first_block, len(data) // 4096)
+    made.close()
     return bytes(target)
 
 
@@ -45,27 +49,48 @@ def test_decrypting_undoes_encrypting():
 
 
 def test_one_context_serves_run_after_run():
-    xts = libcrypto.Xts(KEY, encrypt=True)
     source, target = bytearray(RUN), bytearray(len(RUN))
+    made = xts(source, target, encrypt=True)
     for first in (5, 0, 5):
-        xts.run(first, memoryview(source), memoryview(target))
+        made.run(first, 3)
         assert target == plain(RUN, first, encrypt=True)
-    xts.close()
-    xts.close()
+    made.close()
+    made.close()
+
+
+def test_only_the_asked_blocks_are_written():
+    target = bytearray(len(RUN))
+    made = xts(bytearray(RUN), target, encrypt=True)
+    made.run(0, 1)
+    assert target == plain(RUN[:4096], 0, encrypt=True) + bytes(8192)
+    made.close()
+
+
+def test_the_buffers_live_as_long_as_they_are_pointed_to():
+    source = bytearray(RUN)
+    made = xts(source, bytearray(len(RUN)), encrypt=True)
+    with pytest.raises(BufferError):
+        source.clear()
+    made.close()
+    source.clear()
 
 
 def test_equal_halves_of_the_key_are_refused():
     with pytest.raises(RuntimeError, match="refuses"):
-        libcrypto.Xts(bytes(64), encrypt=True)
+        libcrypto.Xts(bytes(64), encrypt=True, source=bytearray(), target=bytearray())
 
 
-def test_a_short_key_is_refused():
-    with pytest.raises(ValueError, match="not 32"):
-        libcrypto.Xts(bytes(32), encrypt=True)
+@pytest.mark.parametrize(("key", "source"), [(32, 4096), (64, 8192)])
+def test_a_short_key_or_target_is_refused(key, source):
+    with pytest.raises(ValueError, match=f"a key of {key} bytes"):
+        libcrypto.Xts(
+            KEY[:key], encrypt=True, source=bytearray(source), target=bytearray(4096)
+        )
 
 
-def test_a_part_of_a_block_is_refused():
-    xts = libcrypto.Xts(KEY, encrypt=True)
-    with pytest.raises(AssertionError):
-        xts.run(0, memoryview(bytearray(100)), memoryview(bytearray(100)))
-    xts.close()
+@pytest.mark.parametrize("blocks", [-1, 2])
+def test_more_blocks_than_there_is_room_for_are_refused(blocks):
+    made = xts(bytearray(4096), bytearray(8192), encrypt=True)
+    with pytest.raises(ValueError, match="in buffers of 1"):
+        made.run(0, blocks)
+    made.close()

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tdxd.core import verity
+from tdxd.core import sealed, verity
 from tdxd.errors import HostError, IntegrityError
-from tdxd.host import range_worker
+from tdxd.host import libcrypto, range_worker
 from tdxd.host.range_worker import Task
 from tdxd.host.workers import RANGE_BLOCKS, Workers
 
@@ -139,6 +139,17 @@ def test_any_exception_of_the_caller_reaps(source, target):
     with pytest.raises(KeyboardInterrupt), workers(source, target):
         raise KeyboardInterrupt
     assert children() == set()
+
+
+@pytest.mark.parametrize("encrypt", [True, False])
+def test_without_libcrypto_the_work_is_the_same(monkeypatch, encrypt):
+    source, made = bytearray(os.urandom(3 * 4096)), []
+    for library in (libcrypto._library, None):
+        monkeypatch.setattr(libcrypto, "_library", library)
+        target = bytearray(len(source) + sealed.RUN_SLACK_BYTES)
+        range_worker._crypt(KEY, source, target, encrypt=encrypt)(77, 3)
+        made.append(target[: len(source)])
+    assert made[0] == made[1] != source
 
 
 @pytest.mark.root
