@@ -10,7 +10,6 @@ import ctypes
 import os
 import signal
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -45,6 +44,7 @@ _log: structlog.stdlib.BoundLogger = structlog.get_logger()
 _THREADS = 4
 _CALLS_MAX = 64
 """Calls in work or waiting; the next one gets RESOURCE_EXHAUSTED."""
+_END_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _STOP_S = 5.0
 _PR_SET_DUMPABLE = 4
 
@@ -68,9 +68,9 @@ def serve(directory: Path, *, share_port: bool = False) -> int:
     """
     _forbid_core_dumps()
     config = read_config(directory)
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    # Blocked before any thread exists and then waited for: a handler that sets an Event can
+    # run while this thread holds the Event's own lock, and hangs.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _END_SIGNALS)
     with Store.open(directory) as store:
         keyd = make_keyd(directory, config, store)
         address = parse_address(config.listen)
@@ -84,7 +84,7 @@ def serve(directory: Path, *, share_port: bool = False) -> int:
         _log.info("keyd.started", listen=str(bound), simulated=bool(simulated))
         sys.stdout.write(f"ready {bound}\n")
         sys.stdout.flush()
-        stop.wait()
+        signal.sigwait(_END_SIGNALS)
         server.stop(_STOP_S).wait()
         _log.info("keyd.stopped")
     return 0
