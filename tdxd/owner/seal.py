@@ -201,7 +201,7 @@ def _encrypt(
     digest = _FileDigest(image, manifest, _Counter("encrypt", blocks, progress))
     header = luks2.build_header(bundle, recovery=request.recovery is not None)
     try:
-        os.posix_fallocate(image, 0, manifest.image_bytes)
+        os.truncate(image, manifest.image_bytes)
         os.pwrite(image, header, 0)
         with volume_key(bundle) as key:
             task = Task(
