@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import ipaddress
+import re
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -16,6 +17,10 @@ __all__ = ["make_server_certificate"]
 _FROM = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 _UNTIL = dt.datetime(9999, 12, 31, 23, 59, 59, tzinfo=dt.UTC)
 """RFC 5280 §4.1.2.5: no expiry. The guest's clock is the host's, so it must prove nothing."""
+
+_LABEL = "[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
+_HOST_NAME = re.compile(rf"(\*\.)?{_LABEL}(\.{_LABEL})*")
+"""RFC 1123 §2.1; RFC 6125 §6.4.3: a wildcard is the whole first label."""
 
 _USAGE = x509.KeyUsage(
     digital_signature=True,
@@ -39,6 +44,7 @@ def make_server_certificate(names: tuple[str, ...]) -> tuple[bytes, bytes]:
 
     Raises: UsageError for a name that is neither.
     """
+    alternatives = [_name(one) for one in names]
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name(
         [x509.NameAttribute(x509.oid.NameOID.COMMON_NAME, names[0][:64])]
@@ -51,9 +57,7 @@ def make_server_certificate(names: tuple[str, ...]) -> tuple[bytes, bytes]:
         .serial_number(x509.random_serial_number())
         .not_valid_before(_FROM)
         .not_valid_after(_UNTIL)
-        .add_extension(
-            x509.SubjectAlternativeName([_name(one) for one in names]), critical=False
-        )
+        .add_extension(x509.SubjectAlternativeName(alternatives), critical=False)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(_USAGE, critical=True)
         .add_extension(
@@ -77,8 +81,11 @@ def _name(text: str) -> x509.GeneralName:
     except ValueError:
         pass
     try:
-        return x509.DNSName(
-            text.encode("idna").decode() if not text.isascii() else text
-        )
-    except (ValueError, UnicodeError) as exc:
-        raise UsageError(f"{text!r} is neither a host name nor an IP address") from exc
+        name = text if text.isascii() else text.encode("idna").decode()
+    except UnicodeError:
+        name = ""
+    if len(name) > 253 or not _HOST_NAME.fullmatch(name):
+        hint = "for example: tdx-seal cert model.example.com 192.0.2.1"
+        message = f"{text!r} is neither a host name nor an IP address"
+        raise UsageError(message, hint=hint)
+    return x509.DNSName(name)

@@ -207,7 +207,7 @@ def test_a_flipped_payload_byte_is_found(model, tmp_path, offset: int) -> None:
     place = offset if offset < 0 else luks2.PAYLOAD_OFFSET_BYTES + offset
     data[place] ^= 1
     image.write_bytes(data)
-    with pytest.raises(IntegrityError, match=r"block .* of the payload is wrong"):
+    with pytest.raises(IntegrityError, match=r"is not what was sealed|does not open"):
         check.check_payload(image, made.bundle, quiet)
     with pytest.raises(IntegrityError, match="the record says"):
         check.check_record(image, made.record, quiet)

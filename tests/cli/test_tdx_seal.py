@@ -1,0 +1,216 @@
+"""tdx-seal as a person runs it: output, errors, exit codes, and what an interrupted run leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    version = tmp_path / "model/models/m/1"
+    version.mkdir(parents=True)
+    (version / "saved_model.pb").write_bytes(os.urandom(100_000))
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def seal(tmp_path: Path):
+    """Run the program in the test's directory."""
+
+    def run(*argv: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "tdxd.cli.tdx_seal", *argv],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    return run
+
+
+CREATE = ("create", "model", "--id", "m", "--generation", "3")
+FILES = ("-o", "m.img", "--bundle", "m.bundle")
+
+
+def said(done: subprocess.CompletedProcess[str]) -> tuple[int, str]:
+    """Return exit code and error line; there must be nothing on standard output."""
+    assert done.stdout == ""
+    return done.returncode, done.stderr.splitlines()[0]
+
+
+def test_create_inspect_and_verify(seal, model, tmp_path):
+    made = seal(*CREATE, *FILES)
+    assert (made.returncode, made.stderr) == (0, "")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "m.bundle",
+        "m.img",
+        "m.img.json",
+        "model",
+    ]
+    for name, kind in (
+        ("m.img", "sealed image"),
+        ("m.bundle", "key bundle"),
+        ("m.img.json", "public record"),
+    ):
+        shown = json.loads(seal("inspect", name, "--json").stdout)
+        assert (shown["kind"], shown["id"], shown["generation"]) == (kind, "m", 3)
+    record = json.loads((tmp_path / "m.img.json").read_text())
+    assert record["size_bytes"] == (tmp_path / "m.img").stat().st_size
+    digest = subprocess.run(
+        ["sha256sum", tmp_path / "m.img"], capture_output=True, text=True, check=True
+    )
+    assert digest.stdout.split()[0] == record["sha256"]
+    assert seal("verify", "m.img").returncode == 0
+    assert seal("verify", "m.img", "--bundle", "m.bundle").returncode == 0
+
+
+def test_inspecting_a_bundle_shows_no_secret(seal, model, tmp_path):
+    seal(*CREATE, *FILES)
+    bundle = (tmp_path / "m.bundle").read_bytes()
+    secret = bundle[-64:]
+    shown = seal("inspect", "m.bundle").stdout
+    assert secret.hex() not in shown
+    assert "secret_bytes" in shown
+
+
+def test_the_same_secret_makes_the_same_image(seal, model, tmp_path):
+    seal(*CREATE, *FILES)
+    again = ("-o", "n.img", "--bundle", "n.bundle", "--secret-from", "m.bundle")
+    assert seal(*CREATE, *again).returncode == 0
+    assert (tmp_path / "m.img").read_bytes() == (tmp_path / "n.img").read_bytes()
+    assert (tmp_path / "m.bundle").read_bytes() == (tmp_path / "n.bundle").read_bytes()
+
+
+def test_a_changed_byte_is_refused_both_ways(seal, model, tmp_path):
+    seal(*CREATE, *FILES)
+    with (tmp_path / "m.img").open("r+b") as file:
+        file.seek(16 * 2**20 + 5000)
+        file.write(b"\0\1\2\3")
+    code, line = said(seal("verify", "m.img"))
+    assert code == 65
+    assert line.startswith("tdx-seal: error: m.img: SHA-256 ")
+    done = seal("verify", "m.img", "--bundle", "m.bundle")
+    assert said(done) == (65, "tdx-seal: error: m.img: block 1 is not what was sealed")
+    assert done.stderr.splitlines()[1].startswith("tdx-seal: hint: ")
+
+
+def test_the_bundle_of_another_image_is_refused(seal, model):
+    seal(*CREATE, *FILES)
+    seal(*CREATE, "-o", "n.img", "--bundle", "n.bundle")
+    code, line = said(seal("verify", "m.img", "--bundle", "n.bundle"))
+    assert code == 65
+    assert line.endswith("m.img: does not open with the key of m generation 3")
+
+
+def test_a_truncated_image_is_refused(seal, model, tmp_path):
+    seal(*CREATE, *FILES)
+    size = (tmp_path / "m.img").stat().st_size
+    os.truncate(tmp_path / "m.img", size - 1)
+    code, line = said(seal("verify", "m.img", "--bundle", "m.bundle"))
+    assert code == 65
+    assert line.endswith(f"m.img: {size - 1} bytes, m generation 3 needs {size}")
+    assert said(seal("verify", "m.img"))[0] == 65
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "text"),
+    [
+        (("create", "model"), 64, "required: --id"),
+        ((*CREATE[:3], "A/B", "--generation", "3", *FILES), 64, "volume id 'A/B'"),
+        ((*CREATE[:5], "0", *FILES), 64, "generation 0 is not 1 or more"),
+        (("create", "none", *CREATE[2:], *FILES), 65, "none is not a directory"),
+        ((*CREATE, *FILES, "--secret-from", "none"), 71, "read none: No such file"),
+        (("verify", "none.img"), 71, "read none.img.json: No such file"),
+        (("inspect", "none"), 71, "read none: No such file"),
+        (("inspect", "model/models/m/1/saved_model.pb"), 65, "at most 8192 allowed"),
+        (("cert", "a b"), 64, "'a b' is neither a host name nor an IP address"),
+    ],
+)
+def test_bad_input_is_named(seal, model, argv, code, text):
+    got, line = said(seal(*argv))
+    assert got == code
+    assert text in line
+    assert line.startswith("tdx-seal: error: ")
+
+
+def test_a_model_directory_without_models_is_refused(seal, tmp_path):
+    (tmp_path / "model").mkdir()
+    done = seal(*CREATE, *FILES)
+    assert said(done) == (65, "tdx-seal: error: model holds no models")
+    assert "models/NAME/VERSION/saved_model.pb" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_cert_makes_a_private_key_and_a_public_certificate(seal, tmp_path):
+    made = seal("cert", "model.example.com", "::1", "--cert-out", "server.crt")
+    assert (made.returncode, made.stderr) == (0, "")
+    assert (tmp_path / "server.pem").stat().st_mode & 0o777 == 0o600
+    assert "PRIVATE KEY" in (tmp_path / "server.pem").read_text()
+    assert "PRIVATE" not in (tmp_path / "server.crt").read_text()
+    argv = ["openssl", "x509", "-in", tmp_path / "server.crt", "-noout", "-text"]
+    shown = subprocess.run(argv, capture_output=True, text=True, check=True).stdout
+    assert "DNS:model.example.com, IP Address:0:0:0:0:0:0:0:1" in shown
+    assert "Dec 31 23:59:59 9999" in shown
+    assert said(seal("cert", "x"))[1].endswith("server.pem exists already")
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_run_leaves_no_file_and_no_process(model, tmp_path, how):
+    (model / "models/m/1/big").write_bytes(os.urandom(2**20) * 100)
+    argv = [sys.executable, "-m", "tdxd.cli.tdx_seal", *CREATE, *FILES]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(argv, cwd=tmp_path, env=env) as process:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        workers: list[str] = []
+        while len(workers) < len(os.sched_getaffinity(0)):
+            assert process.poll() is None
+            workers = children.read_text().split()
+            time.sleep(0.005)
+        process.send_signal(how)
+        code = process.wait()
+    assert code == (130 if how == signal.SIGINT else -how)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    deadline = time.monotonic() + 10
+    while any(map(alive, workers)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not any(map(alive, workers))
+
+
+def alive(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split(") ")[1][0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_progress_is_shown_on_a_terminal(model, tmp_path):
+    terminal, side = pty.openpty()
+    argv = [sys.executable, "-m", "tdxd.cli.tdx_seal", *CREATE, *FILES]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm"}
+    with subprocess.Popen(
+        argv, cwd=tmp_path, env=env, stderr=side, stdout=subprocess.PIPE
+    ) as process:
+        os.close(side)
+        shown = b""
+        while True:
+            try:
+                shown += os.read(terminal, 4096)
+            except OSError:  # the terminal's other side is closed
+                break
+        process.communicate()
+    os.close(terminal)
+    assert process.returncode == 0
+    assert b"encrypt" in shown
