@@ -231,7 +231,7 @@ def read_header(data: bytes, *, source: str) -> Header:
     fields = _BINARY.unpack_from(data)
     copy = bytearray(data[:_COPY_BYTES])
     copy[_CHECKSUM_OFFSET : _CHECKSUM_OFFSET + 64] = bytes(64)
-    if fields[11][:32] != hashlib.sha256(copy).digest():
+    if fields[11] != hashlib.sha256(copy).digest().ljust(64, b"\0"):
         raise DataError(f"{source}: LUKS2 header with a wrong checksum")
     try:
         document = json.loads(bytes(data[_BINARY_BYTES:_COPY_BYTES]).rstrip(b"\0"))

@@ -315,19 +315,32 @@ def test_a_missing_output_directory_is_named(model, tmp_path) -> None:
 
 
 @pytest.mark.root
-def test_any_user_can_seal(model, tmp_path_factory) -> None:
+def test_any_user_can_seal_and_gets_the_same_file(model, tmp_path) -> None:
+    make(model, tmp_path / "out", generation=1, recovery=tmp_path / "recovery")
     root = Path(__file__).parents[2]
     out = Path("/var/tmp") / f"tdxd-seal-{os.getpid()}"
-    shutil.copytree(model, out / "model")
-    out.chmod(0o755)
-    os.system(f"chown -R 65534:65534 {out}")
-    argv = [sys.executable, "-m", "tdxd.cli.tdx_seal", "create", str(out / "model")]
-    argv += ["--id", "m", "--generation", "1", "-o", str(out / "m.img")]
-    argv += ["--bundle", str(out / "m.bundle")]
     try:
-        done = run(*argv, cwd=root, user=65534, group=65534, extra_groups=[])
-        assert done.returncode == 0, done.stderr
+        for path in sorted(model.rglob("*"), reverse=True):  # another creation order
+            if path.is_file():
+                copy = out / "model" / path.relative_to(model)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, copy)
+        shutil.copyfile(tmp_path / "out" / "m.bundle", out / "old.bundle")
+        assert run("chown", "-R", "65534:65534", str(out)).returncode == 0
+        argv = [sys.executable, "-m", "tdxd.cli.tdx_seal", "create", str(out / "model")]
+        argv += ["--id", "m", "--generation", "1", "-o", str(out / "m.img")]
+        argv += ["--bundle", str(out / "m.bundle"), "--recovery", str(out / "recovery")]
+        argv += ["--secret-from", str(out / "old.bundle")]
+        nobody = {"user": 65534, "group": 65534, "extra_groups": []}
+        done = run(*argv, cwd=root, **nobody)
+        assert (done.returncode, done.stderr) == (0, "")
         assert (out / "m.img").stat().st_uid == 65534
-        assert done.stderr == ""
+        assert (out / "m.img").read_bytes() == (tmp_path / "out/m.img").read_bytes()
+        tested = run(
+            *("cryptsetup", "open", "--test-passphrase", str(out / "m.img")),
+            input=(out / "recovery").read_text().rstrip("\n"),
+            **nobody,
+        )
+        assert tested.returncode == 0, tested.stderr
     finally:
         shutil.rmtree(out)
