@@ -70,7 +70,15 @@ def serve(directory: Path, *, share_port: bool = False) -> int:
     config = read_config(directory)
     # Blocked before any thread exists and then waited for: a handler that sets an Event can
     # run while this thread holds the Event's own lock, and hangs.
-    signal.pthread_sigmask(signal.SIG_BLOCK, _END_SIGNALS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _END_SIGNALS)
+    try:
+        _serve(directory, config, share_port=share_port)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return 0
+
+
+def _serve(directory: Path, config: KeydConfig, *, share_port: bool) -> None:
     with Store.open(directory) as store:
         keyd = make_keyd(directory, config, store)
         address = parse_address(config.listen)
@@ -87,7 +95,6 @@ def serve(directory: Path, *, share_port: bool = False) -> int:
         signal.sigwait(_END_SIGNALS)
         server.stop(_STOP_S).wait()
         _log.info("keyd.stopped")
-    return 0
 
 
 def make_keyd(
