@@ -170,9 +170,10 @@ def test_cert_makes_a_private_key_and_a_public_certificate(seal, tmp_path):
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_run_leaves_no_file_and_no_process(model, tmp_path, how):
     (model / "models/m/1/big").write_bytes(os.urandom(2**20) * 100)
-    argv = [sys.executable, "-m", "tdxd.cli.tdx_seal", *CREATE, *FILES]
+    # A shell's background job, as a test run may be, has SIGINT ignored, and children inherit that.
+    argv = ["env", "--default-signal=INT", sys.executable, "-m", "tdxd.cli.tdx_seal"]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(argv, cwd=tmp_path, env=env) as process:
+    with subprocess.Popen([*argv, *CREATE, *FILES], cwd=tmp_path, env=env) as process:
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
         workers: list[str] = []
         while len(workers) < len(os.sched_getaffinity(0)):
