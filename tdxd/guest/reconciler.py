@@ -85,8 +85,12 @@ class VolumeReconciler:
 
     @property
     def mounted(self) -> bool:
-        """Whether the volume is open for use."""
-        return self.state is VolumeState.MOUNTED
+        """Whether the volume is open for use, planned anew as `settled` is.
+
+        The last state shown would lag behind: a reload could take a volume for settled that
+        serving does not count yet.
+        """
+        return self._plan(trio.current_time()).state is VolumeState.MOUNTED
 
     @property
     def settled(self) -> bool:
