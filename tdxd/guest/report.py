@@ -9,7 +9,7 @@ import trio
 from tdxd import __version__
 from tdxd.core.config import Config
 from tdxd.core.plan import Failure, ServingState, VolumeState
-from tdxd.errors import EX_NOPERM, EX_OK, EX_TEMPFAIL, EX_UNAVAILABLE, Retry
+from tdxd.errors import EX_NOPERM, EX_TEMPFAIL, EX_UNAVAILABLE, Retry
 from tdxd.guest.reconciler import VolumeReconciler
 from tdxd.guest.serving import ServingReconciler
 
@@ -70,11 +70,6 @@ def failure_exit_code(
     if any(error.retry is Retry.SLOW for error in standing):
         return EX_NOPERM
     return EX_TEMPFAIL if standing else EX_UNAVAILABLE
-
-
-def exit_code(ready: bool, code: int) -> int:  # noqa: FBT001 — reads as a table
-    """Return 0 when ready."""
-    return EX_OK if ready else code
 
 
 def _volume(one: VolumeReconciler) -> dict[str, Any]:
