@@ -6,7 +6,8 @@ import dataclasses
 import os
 from pathlib import Path
 
-from tdxd.host import loop
+from tdxd.core.dm_table import OURS
+from tdxd.host import dm, loop
 from tdxd.host.mount import mount_points
 
 
@@ -16,8 +17,14 @@ class Held:
 
     descriptors: frozenset[str]
     children: frozenset[str]
-    loops: tuple[str, ...]
+    devices: tuple[str, ...]
     mounts: tuple[str, ...]
+
+
+def loops_and_mappings(under: str) -> tuple[str, ...]:
+    """Loop devices on memory of tests or on files below a directory, and mappings of tests."""
+    loops = (*loop.attached("/memfd:tdxd:contract"), *loop.attached(under))
+    return (*loops, *dm.mappings(f"{OURS}contract"))
 
 
 def held(under: str) -> Held:
@@ -34,6 +41,6 @@ def held(under: str) -> Held:
     return Held(
         descriptors=frozenset(descriptors),
         children=frozenset(children),
-        loops=loop.attached("/memfd:tdxd:contract"),
+        devices=loops_and_mappings(under),
         mounts=tuple(point for point in mount_points() if point.startswith(under)),
     )

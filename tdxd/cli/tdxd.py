@@ -13,7 +13,7 @@ from tdxd.cli.boundary import Parser, run
 from tdxd.core.config import Config
 from tdxd.errors import NotAllowedError
 from tdxd.guest import app
-from tdxd.host import log, machine, mount, systemd
+from tdxd.host import log, machine, mappers, mount, systemd
 from tdxd.host.ports import Host
 
 __all__ = ["main"]
@@ -55,14 +55,14 @@ def _main(argv: Sequence[str]) -> int:
         raise NotAllowedError(f"tdxd runs as root, not as uid {uid}", hint="sudo tdxd")
     host = _host(config)
     if args.sweep:
-        _sweep(host)
+        _sweep()
         return 0
     app.check_machine(config)
     machine.harden()
     mount.isolate()  # before any thread exists
     notifier, sockets = systemd.adopt_environment()
     log.configure()
-    _sweep(host)
+    _sweep()
     import trio
 
     trio.run(
@@ -79,22 +79,21 @@ def _main(argv: Sequence[str]) -> int:
 
 
 def _host(config: Config) -> Host:
-    from tdxd.host.memory_map import MemoryMapper
     from tdxd.host.proc import CellChildren
     from tdxd.host.tsm import ConfigfsTsm
 
     return Host(
         tsm=ConfigfsTsm(config.platform.tsm, config.platform.event_log),
-        mapper=MemoryMapper(limit_bytes=config.mapping.memory_limit_bytes),
+        mapper=mappers.chosen(config.mapping),
         mounts=mount.KernelMounts(),
         children=CellChildren(),
         random_bytes=os.urandom,
     )
 
 
-def _sweep(host: Host) -> None:
+def _sweep() -> None:
     """Close what a killed daemon left: its mounts and children are gone with it."""
-    for name in host.mapper.sweep():
+    for name in mappers.sweep():
         print(f"tdxd: swept {name}", file=sys.stderr)
 
 

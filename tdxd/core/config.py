@@ -151,9 +151,13 @@ class VolumeConfig:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class MapperConfig:
-    """How images are opened: `memory` decrypts and verifies them into sealed memory."""
+    """How images are opened.
 
-    mapper: Literal["auto", "memory"] = "auto"
+    `dm`: by the kernel's dm-crypt and dm-verity. `memory`: decrypted and verified whole into
+    sealed memory. `auto`: `dm` where the kernel has a device mapper.
+    """
+
+    mapper: Literal["auto", "dm", "memory"] = "auto"
     memory_limit_bytes: int = 8 * 2**30
     """Largest image that the `memory` mapper takes; it costs that much RAM."""
 

@@ -25,6 +25,7 @@ _LOOP_CONFIGURE = 0x4C0A
 _LOOP_CLR_FD = 0x4C01
 _LO_FLAGS_READ_ONLY = 1
 _LO_FLAGS_AUTOCLEAR = 4
+_LO_FLAGS_DIRECT_IO = 16
 _BLOCK_BYTES = 4096
 _NAME_BYTES = 64
 _CONFIG = struct.Struct(f"<II5Q4I{_NAME_BYTES}s64s32s2Q8Q")
@@ -37,13 +38,35 @@ LoopDevice = tuple[str, int]
 """The device's path, and an open descriptor of it, which keeps it attached."""
 
 
-def attach(fd: int, *, name: str) -> LoopDevice:
+def attach(
+    fd: int,
+    *,
+    name: str,
+    offset_bytes: int = 0,
+    size_bytes: int = 0,
+    direct_io: bool = False,
+) -> LoopDevice:
     """Attach a regular file's descriptor to a free loop device, read-only, autoclear, 4096.
 
-    `name` is shown by losetup. The caller owns the returned descriptor; `fd` may be closed.
+    The device shows `size_bytes` of the file from `offset_bytes` on (0: all that follows).
+    With `direct_io` the file's own pages are not cached a second time, where its file system
+    can. `name` is shown by losetup. The caller owns the returned descriptor; `fd` may be closed.
 
     Raises: HostError.
     """
+    flags = _LO_FLAGS_READ_ONLY | _LO_FLAGS_AUTOCLEAR
+    kept = name.encode()[: _NAME_BYTES - 1]
+    wanted = (flags | _LO_FLAGS_DIRECT_IO, flags) if direct_io else (flags,)
+    configs = [
+        _CONFIG.pack(
+            fd,
+            _BLOCK_BYTES,
+            *(0, 0, 0, offset_bytes, size_bytes, 0, 0, 0, one),
+            *(kept, b"", b"", 0, 0),
+            *([0] * 8),
+        )
+        for one in wanted
+    ]
     hint = "this needs root, and the kernel's loop driver (modprobe loop)"
     try:
         control = os.open(_CONTROL, os.O_RDWR | os.O_CLOEXEC)
@@ -51,7 +74,7 @@ def attach(fd: int, *, name: str) -> LoopDevice:
         raise HostError.of("open", _CONTROL, exc, hint=hint) from exc
     try:
         for _ in range(_ATTEMPTS):
-            made = _try(control, fd, name.encode()[: _NAME_BYTES - 1])
+            made = _try(control, configs)
             if made is not None:
                 return made
     finally:
@@ -59,7 +82,7 @@ def attach(fd: int, *, name: str) -> LoopDevice:
     raise HostError("attach a loop device to", name, errno.EBUSY)
 
 
-def _try(control: int, fd: int, name: bytes) -> LoopDevice | None:
+def _try(control: int, configs: list[bytes]) -> LoopDevice | None:
     """Try one free device; `None` if somebody else took it first."""
     path = "/dev/loop"
     try:
@@ -67,19 +90,30 @@ def _try(control: int, fd: int, name: bytes) -> LoopDevice | None:
         device = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as exc:
         raise HostError.of("open", path, exc) from exc
-    flags = _LO_FLAGS_READ_ONLY | _LO_FLAGS_AUTOCLEAR
-    info = (0, 0, 0, 0, 0, 0, 0, 0, flags, name, b"", b"", 0, 0)
-    config = _CONFIG.pack(fd, _BLOCK_BYTES, *info, *([0] * 8))
     try:
         if not stat.S_ISBLK(os.fstat(device).st_mode):
             raise OSError(errno.ENOTBLK, os.strerror(errno.ENOTBLK))
-        fcntl.ioctl(device, _LOOP_CONFIGURE, config)
+        _configure(device, configs)
     except OSError as exc:
         os.close(device)
         if exc.errno == errno.EBUSY:
             return None
         raise HostError.of("configure", path, exc) from exc
     return path, device
+
+
+def _configure(device: int, configs: list[bytes]) -> None:
+    """Take the first configuration that the kernel accepts: not every file has direct I/O."""
+    *better, last = configs
+    for config in better:
+        try:
+            fcntl.ioctl(device, _LOOP_CONFIGURE, config)
+        except OSError as exc:
+            if exc.errno != errno.EINVAL:
+                raise
+        else:
+            return
+    fcntl.ioctl(device, _LOOP_CONFIGURE, last)
 
 
 def attached(prefix: str) -> tuple[str, ...]:

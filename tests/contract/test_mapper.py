@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import errno
 import os
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,25 +15,31 @@ from pathlib import Path
 
 import pytest
 
-from tdxd.errors import HostError, MissingError
-from tdxd.host import loop
+from tdxd.core.bundle import KeyBundle
+from tdxd.errors import BusyError, HostError, IntegrityError, MissingError
+from tdxd.host import dm, loop
+from tdxd.host.dm_map import DmMapper
 from tdxd.host.memory_map import MemoryMapper
 from tdxd.host.mount import KernelMounts
 from tdxd.host.ports import MappedVolume, Mapper
 from tdxd.host.workers import never
 from tests import reference_image
-from tests.leftovers import held
+from tests.leftovers import held, loops_and_mappings
 
 pytestmark = pytest.mark.root
 
 # Every mapper is made by one of these; another one is added here and nowhere else.
 MAPPERS: dict[str, Callable[[], Mapper]] = {
     "memory": lambda: MemoryMapper(limit_bytes=2**30, workers=2),
+    "dm": DmMapper,
 }
 ID = "contract"
+needs_dm = pytest.mark.skipif(
+    not dm.available(), reason="this kernel has no device mapper: runs in the guest"
+)
 
 
-@pytest.fixture(params=sorted(MAPPERS))
+@pytest.fixture(params=["memory", pytest.param("dm", marks=needs_dm)])
 def mapper(request) -> Mapper:
     return MAPPERS[request.param]()
 
@@ -94,17 +103,20 @@ def test_the_device_cannot_be_written(mapper, image):
         mapper.unmap(mapped)
 
 
-def test_it_mounts_and_the_mount_outlives_the_descriptor(mapper, image, tmp_path):
+def test_a_mounted_device_outlives_unmap(mapper, image, tmp_path):
+    """Unmapping in the wrong order is refused, or takes effect with the last user."""
     mounts, target = KernelMounts(), str(tmp_path / "mnt")
     mapped = mapper.map_volume(str(image.path), image.bundle, cancelled=never)
     try:
         mounts.mount_volume(mapped, target)
     finally:
-        mapper.unmap(mapped)
+        with contextlib.suppress(BusyError):
+            mapper.unmap(mapped)
     try:
         assert (tmp_path / "mnt/models/small").read_bytes() == b"small"
     finally:
         mounts.unmount(target)
+        mapper.unmap(mapped)
 
 
 def test_unmap_twice_is_harmless(mapper, image):
@@ -113,7 +125,8 @@ def test_unmap_twice_is_harmless(mapper, image):
     mapper.unmap(mapped)
 
 
-def test_unmap_leaves_a_reused_descriptor_alone(mapper, image):
+def test_unmap_leaves_a_reused_descriptor_alone(image):
+    mapper = MAPPERS["memory"]()  # the one that holds a descriptor
     mapped = mapper.map_volume(str(image.path), image.bundle, cancelled=never)
     mapper.unmap(mapped)
     with open(os.devnull, "rb") as other:
@@ -149,41 +162,93 @@ def test_cancelling_before_the_data_leaves_nothing(mapper, image):
     assert caught.value.errno == errno.ECANCELED
 
 
-def test_a_replaced_file_does_not_change_what_is_mapped(mapper, image, content):
+def test_a_replaced_file_never_shows_other_bytes(mapper, image, content):
     mapped = mapper.map_volume(str(image.path), image.bundle, cancelled=never)
     try:
-        image.path.write_bytes(bytes(image.path.stat().st_size))
-        assert read_device(mapped) == content
+        with image.path.open("r+b") as file:
+            file.write(bytes(image.path.stat().st_size))
+            os.fsync(file.fileno())
+        with contextlib.suppress(OSError):  # EIO is right; other bytes never are
+            assert read_device(mapped) == content
     finally:
         mapper.unmap(mapped)
 
 
-def test_sweep_finds_what_a_killed_daemon_left(mapper, image, tmp_path):
+def test_another_generation_is_refused_before_there_is_a_device(mapper, image):
+    manifest = dataclasses.replace(image.bundle.manifest, generation=2)
+    bundle = KeyBundle(manifest=manifest, secret=image.fresh_secret())
+    with pytest.raises(IntegrityError, match="does not open with the key of contract"):
+        mapper.map_volume(str(image.path), bundle, cancelled=never)
+
+
+MAP_AND_WAIT = """
+import sys, time
+from pathlib import Path
+from tdxd.core.bundle import KeyBundle
+from tdxd.host.workers import never
+from tests.contract.test_mapper import MAPPERS
+mapper, image, bundle = sys.argv[1:]
+held = MAPPERS[mapper]().map_volume(
+    image, KeyBundle.parse(Path(bundle).read_bytes()), cancelled=never
+)
+print(held.device, flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_killed_daemon_leaves_nothing_after_a_sweep(mapper, image, tmp_path):
+    (tmp_path / "bundle").write_bytes(image.bundle.encode())
+    argv = [sys.executable, "-c", MAP_AND_WAIT, mapper.name, image.path]
+    child = subprocess.Popen(
+        [*argv, tmp_path / "bundle"],
+        stdout=subprocess.PIPE,
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
+    with child:
+        assert child.stdout is not None
+        device = child.stdout.readline().decode().strip()
+        child.kill()
+    assert Path(device).is_block_device()
+    mapper.sweep()
+    wait_until_gone(tmp_path)
+    assert mapper.sweep() == ()
+
+
+def test_a_sweep_takes_effect_with_the_last_user(mapper, image, tmp_path):
     mapped = mapper.map_volume(str(image.path), image.bundle, cancelled=never)
-    holder = subprocess.Popen(["sleep", "60"], pass_fds=(mapped.fd,))
+    with Path(mapped.device).open("rb") as user:
+        mapper.sweep()
+        assert user.read(4096) == image.data[:4096]
     mapper.unmap(mapped)
-    assert mapped.device in mapper.sweep()
-    holder.kill()
-    holder.wait()
+    wait_until_gone(tmp_path)
+
+
+def wait_until_gone(under: Path) -> None:
     deadline = time.monotonic() + 5
-    while loop.attached("/memfd:tdxd:contract") and time.monotonic() < deadline:
+    while loops_and_mappings(str(under)) and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert mapped.device not in mapper.sweep()
+    assert not loops_and_mappings(str(under))
 
 
-def test_two_threads_can_map_at_once(mapper, image):
+def test_two_threads_can_map_at_once(mapper, content, tmp_path):
+    images = [
+        reference_image.seal(content, tmp_path / name, volume_id=f"{ID}-{name}")
+        for name in ("a", "b")
+    ]
     made: list[MappedVolume] = []
 
-    def work() -> None:
-        made.append(mapper.map_volume(str(image.path), image.bundle, cancelled=never))
+    def work(one: reference_image.Reference) -> None:
+        made.append(mapper.map_volume(str(one.path), one.bundle, cancelled=never))
 
-    threads = [threading.Thread(target=work) for _ in range(2)]
+    threads = [threading.Thread(target=work, args=(one,)) for one in images]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert len({one.device for one in made}) == 2
     for one in made:
+        assert read_device(one) == content
         mapper.unmap(one)
 
 
