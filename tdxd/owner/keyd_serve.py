@@ -20,6 +20,7 @@ import structlog
 from tdxd.core import keyrelease as protocol
 from tdxd.core.config import Address, parse_address
 from tdxd.errors import ConfigError, HostError
+from tdxd.host import systemd
 from tdxd.owner.appraise import TrustedRoot, intel_root, load_root
 from tdxd.owner.collateral import CollateralCache
 from tdxd.owner.files import read_bytes
@@ -64,6 +65,8 @@ class Service(Protocol):
 def serve(directory: Path, *, share_port: bool = False) -> int:
     """Serve until SIGTERM or SIGINT; prints `ready HOST:PORT` on standard output.
 
+    A service manager is told, too (sd_notify(3)).
+
     Raises: ConfigError, HostError.
     """
     _forbid_core_dumps()
@@ -90,9 +93,12 @@ def _serve(directory: Path, config: KeydConfig, *, share_port: bool) -> None:
             _log.warning("keyd.simulated_root_trusted", files=simulated)
         bound = Address(address.host, port)
         _log.info("keyd.started", listen=str(bound), simulated=bool(simulated))
+        notifier, _sockets = systemd.adopt_environment()
+        notifier.send(READY="1", STATUS=f"listening on {bound}")
         sys.stdout.write(f"ready {bound}\n")
         sys.stdout.flush()
         signal.sigwait(_END_SIGNALS)
+        notifier.send(STOPPING="1")
         server.stop(_STOP_S).wait()
         _log.info("keyd.stopped")
 
