@@ -5,7 +5,7 @@ PY := $(BIN)/python
 SOURCES := $(shell find tdxd -name '*.py' -o -name '*.proto')
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: demo check test bench lint fuzz setup clean
+.PHONY: demo check test bench lint fuzz deb setup clean
 
 demo: $(VENV)/.installed
 	$(PY) contrib/demo/demo.py
@@ -35,6 +35,10 @@ bench: $(VENV)/.installed
 # A longer look by the property tests than `make test` takes.
 fuzz: $(VENV)/.installed
 	TDXD_FUZZ=1 $(PY) -m pytest -q tests/core
+
+# The Debian packages, in build/deb. VERSION=X gives them another version.
+deb: $(VENV)/.installed
+	PYTHON=$(PY) contrib/deb/build $(if $(VERSION),--version $(VERSION))
 
 setup: $(VENV)/.installed
 

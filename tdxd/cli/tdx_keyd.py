@@ -279,9 +279,11 @@ def _audit(options: argparse.Namespace) -> int:
 
 
 def _serve(options: argparse.Namespace) -> int:
+    from tdxd.host import machine
     from tdxd.host.log import configure
     from tdxd.owner.keyd_serve import serve
 
+    machine.harden()
     configure()
     return serve(options.store, share_port=options.share_port)
 

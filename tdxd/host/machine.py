@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import resource
+from pathlib import Path
 
 from tdxd.errors import HostError
 
@@ -12,16 +13,22 @@ __all__ = ["harden", "swap_areas"]
 
 _PR_SET_DUMPABLE = 4
 """Source: prctl(2)."""
+_CORE_FILTER = "/proc/self/coredump_filter"
 
 
 def harden() -> None:
     """Let no core dump, debugger or other process of our uid read this process's memory.
 
     RLIMIT_CORE alone still feeds core handlers that the kernel pipes to; a process that is
-    not dumpable leaves nothing to pipe.
+    not dumpable leaves nothing to pipe. Children become dumpable again when they exec, but what
+    they inherit keeps all memory out of their cores: an empty coredump_filter (core(5)).
 
     Raises: HostError.
     """
+    try:
+        Path(_CORE_FILTER).write_text("0", encoding="ascii")
+    except OSError as exc:
+        raise HostError.of("write", _CORE_FILTER, exc) from exc
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0) != 0:
         raise HostError("prctl", "PR_SET_DUMPABLE", ctypes.get_errno())

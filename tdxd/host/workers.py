@@ -188,8 +188,10 @@ class Workers:
 
 def _start(fds: tuple[int, ...]) -> subprocess.Popen[bytes]:
     root = os.path.dirname(os.path.dirname(os.path.abspath(tdxd.__file__)))
+    # Packages keep all modules in `root` and run without site: then so do the workers.
+    isolated = "-IS" if sys.flags.no_site else "-I"
     return subprocess.Popen(
-        [sys.executable, "-I", "-c", _PROGRAM, root],
+        [sys.executable, isolated, "-c", _PROGRAM, root],
         bufsize=0,  # an answer must not wait in a buffer that select does not see
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

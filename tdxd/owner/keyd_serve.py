@@ -6,7 +6,6 @@ One process on a port of its own, unless `share_port` lets several processes lis
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import sys
@@ -47,7 +46,6 @@ _CALLS_MAX = 64
 """Calls in work or waiting; the next one gets RESOURCE_EXHAUSTED."""
 _END_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _STOP_S = 5.0
-_PR_SET_DUMPABLE = 4
 
 
 class Service(Protocol):
@@ -69,7 +67,6 @@ def serve(directory: Path, *, share_port: bool = False) -> int:
 
     Raises: ConfigError, HostError.
     """
-    _forbid_core_dumps()
     config = read_config(directory)
     # Blocked before any thread exists and then waited for: a handler that sets an Event can
     # run while this thread holds the Event's own lock, and hangs.
@@ -199,10 +196,3 @@ def start_server(
         raise ConfigError(f"TLS certificate and key: {exc}") from exc
     server.start()
     return server, port
-
-
-def _forbid_core_dumps() -> None:
-    """Set PR_SET_DUMPABLE to 0 (prctl(2)): no core dump, and no ptrace by our own uid."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0) != 0:
-        raise HostError("prctl", "PR_SET_DUMPABLE", ctypes.get_errno())

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +49,16 @@ class RunningServer:
 
 
 @contextlib.contextmanager
-def running_server(directory: Path, *flags: str) -> Iterator[RunningServer]:
-    """Start a server on a socket in `directory`; kill it at the end of the block."""
+def running_server(
+    directory: Path, *flags: str, program: Sequence[str] = ()
+) -> Iterator[RunningServer]:
+    """Start a server on a socket in `directory`; kill it at the end of the block.
+
+    `program` is the command without flags; default: this source tree's.
+    """
     socket, output = directory / "s", directory / "log"
-    command = server_command("--port=0", f"--grpc_socket_path={socket}", *flags)
+    own = ("--port=0", f"--grpc_socket_path={socket}")
+    command = [*(program or server_command()), *own, *flags]
     with output.open("wb") as sink:
         process = subprocess.Popen(
             command,
