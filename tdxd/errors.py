@@ -45,6 +45,7 @@ __all__ = [
     "NotAllowedError",
     "NotReadyError",
     "ProtocolError",
+    "ReexecError",
     "RemoteProtocolError",
     "Retry",
     "ServeError",
@@ -130,6 +131,17 @@ class NotAllowedError(TdxdError):
 
     code = "not-allowed"
     exit_code = EX_NOPERM
+
+
+class ReexecError(TdxdError):
+    """The daemon does not give way to its new program now, or is just about to.
+
+    A command that it interrupts may be given again.
+    """
+
+    code = "reexec"
+    retry = Retry.BACKOFF
+    exit_code = EX_TEMPFAIL
 
 
 # --- the wire -----------------------------------------------------------------

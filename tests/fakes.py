@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import NoReturn
+
+import trio
+import trio.lowlevel
 
 from tdxd.core.bundle import KeyBundle, Manifest
 from tdxd.core.secret import Secret
 from tdxd.errors import BusyError, IntegrityError, MissingError, TdxdError
-from tdxd.host.ports import Cell, Child, ChildSpec, Host, MappedVolume
+from tdxd.guest.handover import HandedDaemon
+from tdxd.host.ports import Cell, Child, ChildSpec, HandedChild, Host, MappedVolume
 
 __all__ = [
+    "ExecutedError",
     "FakeChildren",
     "FakeMapper",
     "FakeMounts",
+    "FakeSuccessor",
     "FakeTsm",
     "fake_host",
     "make_bundle",
@@ -114,6 +122,42 @@ class FakeChildren:
 
     def spawn(self, spec: ChildSpec) -> Child:
         raise NotImplementedError
+
+    def hand_over(self, child: Child, cell: Cell) -> HandedChild:
+        raise NotImplementedError
+
+    def adopt(self, handed: HandedChild) -> tuple[Child, Cell]:
+        raise NotImplementedError
+
+
+class ExecutedError(Exception):
+    """Stands for the exec: the program that hands over runs no further."""
+
+
+@dataclasses.dataclass
+class FakeSuccessor:
+    """The program that takes the place: keeps the state, or refuses."""
+
+    refusal: TdxdError | None = None
+    """Of `check`."""
+    failure: TdxdError | None = None
+    """Of the exec."""
+    handed: HandedDaemon | None = None
+
+    async def check(self) -> None:
+        await trio.lowlevel.checkpoint()
+        if self.refusal is not None:
+            raise self.refusal
+
+    @contextlib.contextmanager
+    def prepared(self) -> Iterator[Callable[[HandedDaemon], NoReturn]]:
+        yield self._execute
+
+    def _execute(self, handed: HandedDaemon) -> NoReturn:
+        if self.failure is not None:
+            raise self.failure
+        self.handed = handed
+        raise ExecutedError
 
 
 def fake_host() -> Host:

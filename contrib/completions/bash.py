@@ -41,7 +41,12 @@ def completion(name: str, module: str) -> str | None:
         return None
     verbs, cases, valued = [], [], []
     for path, parser in _with_verbs("", make()):
-        options = [word for one in parser._actions for word in one.option_strings]  # noqa: SLF001
+        options = [
+            word
+            for one in parser._actions  # noqa: SLF001
+            if one.help != argparse.SUPPRESS
+            for word in one.option_strings
+        ]
         words = [word for one in parser._actions for word in _words(one)]  # noqa: SLF001
         verbs += [f'"{path} {verb}"' for verb in _verbs(parser)]
         valued += [

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 from tdxd.cli.boundary import Parser, run
+from tdxd.cli.status_tables import event_line, show_status, to_json
 from tdxd.core import wire
 from tdxd.errors import (
     NotAllowedError,
@@ -21,6 +24,7 @@ __all__ = ["main"]
 _SOCKET = "/run/tdxd.sock"
 _SILENCE_S = 15.0
 """The daemon sends a frame at least every five seconds."""
+_AGAIN_S = 0.1
 
 Reply = dict[str, object]
 
@@ -50,6 +54,8 @@ def _parser() -> argparse.ArgumentParser:
     ):
         add(verb, text).add_argument("volume")
     add("reload", "read the configuration anew; returns when it is carried out")
+    reexec = add("reexec", "run the installed tdxd in the place of the one that runs")
+    reexec.add_argument("--timeout", type=_seconds, default=120.0, metavar="SECONDS")
     retry = add("retry", "forget failures and try again now")
     retry.add_argument("volume", nargs="?", help="default: all, and serving")
     events = add("events", "show what happened")
@@ -87,10 +93,29 @@ def _main(argv: Sequence[str]) -> int:
 
 
 def _replies(path: str, verb: str, **args: object) -> Iterator[Reply]:
-    """Send a request, yield each reply.
+    """Send a request, yield each reply; ask again where the daemon left off for a re-exec.
 
     Raises: UnavailableError without a daemon; RemoteError for what it reports.
     """
+    while True:
+        asked_s = time.monotonic()
+        try:
+            for message in _conversation(path, verb, args):
+                item = message.get("event")
+                if isinstance(item, dict):
+                    args["after"] = item.get("seq")
+                yield message
+        except wire.RemoteError as exc:
+            if exc.remote_code != "reexec" or verb == "reexec":
+                raise
+        else:
+            return
+        left_s = args.get("timeout_s")
+        if isinstance(left_s, float):
+            args["timeout_s"] = max(0.0, left_s - (time.monotonic() - asked_s))
+
+
+def _conversation(path: str, verb: str, args: dict[str, object]) -> Iterator[Reply]:
     with _connect(path) as sock:
         sock.sendall(wire.encode_frame(wire.request(verb, args)))
         reader = wire.FrameReader()
@@ -138,20 +163,20 @@ def _result(path: str, verb: str, **args: object) -> dict[str, object]:
 
 
 def _status(args: argparse.Namespace) -> int:
-    _show(_result(args.socket, "status"), args.json)
+    show_status(_result(args.socket, "status"), args.json)
     if args.watch:
         for message in _replies(args.socket, "events", follow=True):
             if "event" in message:
                 if not args.json:
                     print()
-                _show(_result(args.socket, "status"), args.json)
+                show_status(_result(args.socket, "status"), args.json)
                 sys.stdout.flush()
     return 0
 
 
 def _change(args: argparse.Namespace) -> int:
     named = {"volume": args.volume} if getattr(args, "volume", None) else {}
-    _show(_result(args.socket, args.verb, **named), args.json)
+    show_status(_result(args.socket, args.verb, **named), args.json)
     return 0
 
 
@@ -159,14 +184,8 @@ def _events(args: argparse.Namespace) -> int:
     for message in _replies(args.socket, "events", follow=args.follow, all=args.all):
         item = message.get("event")
         if isinstance(item, dict):
-            print(_json(item) if args.json else _event_line(item), flush=args.follow)
+            print(to_json(item) if args.json else event_line(item), flush=args.follow)
     return 0
-
-
-def _event_line(item: dict[str, object]) -> str:
-    known = ("seq", "time", "level", "event")
-    fields = " ".join(f"{key}={item[key]}" for key in item if key not in known)
-    return f"{item['time']} {item['event']} {fields}".rstrip()
 
 
 def _wait(args: argparse.Namespace) -> int:
@@ -178,7 +197,7 @@ def _wait(args: argparse.Namespace) -> int:
 def _health(args: argparse.Namespace) -> int:
     shown = _result(args.socket, "health")
     if args.what == "live":
-        print(_json(shown) if args.json else "live")
+        print(to_json(shown) if args.json else "live")
         return 0
     return _verdict(shown, args.json)
 
@@ -187,7 +206,7 @@ def _verdict(shown: dict[str, object], as_json: bool) -> int:  # noqa: FBT001 â€
     """Print ready or why not; return the exit code that the daemon names."""
     code = shown.get("exit")
     if as_json:
-        print(_json(shown))
+        print(to_json(shown))
     else:
         reasons = shown.get("reasons")
         texts = [str(item) for item in reasons] if isinstance(reasons, list) else []
@@ -195,9 +214,52 @@ def _verdict(shown: dict[str, object], as_json: bool) -> int:  # noqa: FBT001 â€
     return code if isinstance(code, int) else 0
 
 
+def _reexec(args: argparse.Namespace) -> int:
+    """Have the program replaced, then ask the new one."""
+    if args.timeout <= 0:
+        raise UsageError(f"timeout {args.timeout:g} is not positive")
+    old: Reply = {}
+    try:
+        for message in _replies(args.socket, "reexec"):
+            accepted = message.get("accepted")
+            old = accepted if isinstance(accepted, dict) else old
+    except (ConnectionError, RemoteProtocolError):
+        if not old:  # once it has accepted, the exec itself ends the conversation
+            raise
+    new = _answer_of_new(args.socket, old, time.monotonic() + args.timeout)
+    if _number(new.get("reexecs")) <= _number(old.get("reexecs")):
+        raise UnavailableError(
+            f"tdxd {new.get('version')} was started afresh, as pid {new.get('pid')}",
+            hint="why: journalctl -u tdxd; what comes up: tdxctl status",
+        )
+    shown = {"from": old.get("version"), "to": new.get("version"), "pid": new["pid"]}
+    text = f"re-executed: version {shown['from']} -> {shown['to']}, pid {shown['pid']}"
+    print(to_json(shown) if args.json else text)
+    return 0
+
+
+def _answer_of_new(path: str, old: Reply, deadline_s: float) -> Reply:
+    """Ask until the new program answers; meanwhile the listener's queue holds the question.
+
+    Raises: what the last question met.
+    """
+    while True:
+        try:
+            return _result(path, "version")
+        except (OSError, UnavailableError, RemoteProtocolError):
+            ended = not os.path.exists(f"/proc/{_number(old.get('pid'))}")
+            if ended or time.monotonic() > deadline_s:
+                raise
+            time.sleep(_AGAIN_S)
+
+
+def _number(value: object) -> int:
+    return value if isinstance(value, int) else 0
+
+
 def _version(args: argparse.Namespace) -> int:
     shown = _result(args.socket, "version")
-    print(_json(shown) if args.json else f"tdxd {shown.get('version')}")
+    print(to_json(shown) if args.json else f"tdxd {shown.get('version')}")
     return 0
 
 
@@ -206,135 +268,13 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "mount": _change,
     "unmount": _change,
     "reload": _change,
+    "reexec": _reexec,
     "retry": _change,
     "events": _events,
     "wait": _wait,
     "health": _health,
     "version": _version,
 }
-
-
-# --- showing ------------------------------------------------------------------
-
-
-def _json(value: object) -> str:
-    import json
-
-    return json.dumps(value)
-
-
-_COLOURS = {
-    "mounted": 32,
-    "ready": 32,
-    "denied": 31,
-    "failed": 31,
-    "backoff": 33,
-    "closing": 33,
-    "draining": 33,
-}
-
-
-def _show(shown: dict[str, object], as_json: bool) -> None:  # noqa: FBT001 â€” the flag's value
-    if as_json:
-        print(_json(shown))
-        return
-    head = "ready" if shown.get("ready") else "not ready"
-    print(
-        f"tdxd {shown.get('version')}  {_paint(head)}  pid {shown.get('pid')}  "
-        f"since {shown.get('since')}  mapper {shown.get('mapper')}  "
-        f"config: {shown.get('config')}"
-    )
-    if shown.get("swap_accepted"):
-        print("warning: swap is accepted: keys and models can land on the disk")
-    _show_volumes(_dicts(shown.get("volumes")))
-    serving = shown.get("serving")
-    if isinstance(serving, dict):
-        _show_serving(serving)
-
-
-def _dicts(value: object) -> list[dict[str, object]]:
-    return (
-        [item for item in value if isinstance(item, dict)]
-        if isinstance(value, list)
-        else []
-    )
-
-
-def _show_volumes(volumes: list[dict[str, object]]) -> None:
-    titles = ("VOLUME", "STATE", "GEN", "INTEGRITY", "SIZE", "IMAGE")
-    rows = [
-        (
-            str(one["id"]),
-            str(one["state"]),
-            str(one["generation"] or "-"),
-            str(one["integrity"] or "-"),
-            _size(one["size_bytes"]),
-            str(one["image"]),
-        )
-        for one in volumes
-    ]
-    _table(titles, rows)
-    for one in volumes:
-        _show_error(f"volume {one['id']}", one.get("error"))
-
-
-def _show_serving(serving: dict[str, object]) -> None:
-    rows = []
-    for one in _dicts(serving.get("servers")):
-        for model in _dicts(one.get("models")):
-            versions = model.get("versions")
-            numbers = versions if isinstance(versions, list) else []
-            state = "active" if one.get("active") else "standby"
-            text = ",".join(str(number) for number in numbers)
-            rows.append((str(model["name"]), text, state, str(one["pid"])))
-    print(
-        f"serving {_paint(str(serving.get('state')))}  listen {serving.get('listen')}  "
-        f"restarts {serving.get('restarts')}"
-    )
-    if rows:
-        _table(("MODEL", "VERSIONS", "SERVER", "PID"), rows)
-    _show_error("serving", serving.get("error"))
-
-
-def _show_error(what: str, error: object) -> None:
-    if not isinstance(error, dict):
-        return
-    later = error.get("retry_in_s")
-    again = f" (attempt {error.get('attempts')}, again in {later} s)" if later else ""
-    print(f"{what}: {error.get('message')}{again}")
-    if error.get("hint"):
-        print(f"  hint: {error.get('hint')}")
-
-
-def _table(titles: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
-    widths = [
-        max(len(row[index]) for row in [titles, *rows]) for index in range(len(titles))
-    ]
-    for row in [titles, *rows]:
-        cells = []
-        for text, width in zip(row, widths, strict=True):
-            cells.append(_paint(text) + " " * (width - len(text)))
-        print("  ".join(cells).rstrip())
-
-
-def _paint(text: str) -> str:
-    """Colour a state word, on a terminal only."""
-    colour = _COLOURS.get(text)
-    if colour is None or not sys.stdout.isatty():
-        return text
-    return f"\033[{colour}m{text}\033[0m"
-
-
-def _size(value: object) -> str:
-    """Return a size in binary units."""
-    if not isinstance(value, int):
-        return "-"
-    size = float(value)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024 or unit == "GiB":
-            break
-        size /= 1024
-    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
 
 
 if __name__ == "__main__":

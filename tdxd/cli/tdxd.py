@@ -5,15 +5,16 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from tdxd import __version__
 from tdxd.cli.boundary import Parser, run
 from tdxd.core.config import Config
-from tdxd.errors import NotAllowedError
-from tdxd.guest import app
-from tdxd.host import log, machine, mappers, mount, systemd
+from tdxd.errors import NotAllowedError, ReexecError
+from tdxd.guest import app, handover
+from tdxd.host import exec_in_place, log, machine, mappers, mount, systemd
+from tdxd.host.exec_in_place import Inherited
 from tdxd.host.ports import Host
 
 __all__ = ["main"]
@@ -35,6 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--check-config", action="store_true", help="read the configuration and exit"
     )
+    parser.add_argument("--check-handover", type=int, help=argparse.SUPPRESS)
     parser.add_argument(
         "--sweep",
         action="store_true",
@@ -46,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _main(argv: Sequence[str]) -> int:
     args = _parser().parse_args(argv)
+    inherited = exec_in_place.take()
     config = app.read_config(args.config)
     if args.check_config:
         print(f"{args.config}: ok, {len(config.volume)} volumes")
@@ -58,24 +61,55 @@ def _main(argv: Sequence[str]) -> int:
         _sweep()
         return 0
     app.check_machine(config)
+    if args.check_handover is not None:
+        _check_handover(args.check_handover)
+        return 0
+    _serve(config, host, inherited, partial(app.read_config, args.config))
+    return 0
+
+
+def _serve(
+    config: Config,
+    host: Host,
+    inherited: Inherited | None,
+    load_config: Callable[[], Config],
+) -> None:
+    """Run the daemon, from a fresh start or in the place of the program before this one."""
     machine.harden()
-    mount.isolate()  # before any thread exists
+    program = exec_in_place.this_program()
     notifier, sockets = systemd.adopt_environment()
     log.configure()
-    _sweep()
+    handed = None
+    if inherited is not None:
+        passed = frozenset(one.fileno() for one in sockets.values())
+        handed = app.take_over(inherited, config, host, besides=passed)
+    if handed is None:
+        mount.isolate()  # before any thread exists
+        _sweep()
     import trio
 
     trio.run(
         partial(
             app.main,
             config=config,
-            load_config=partial(app.read_config, args.config),
+            load_config=load_config,
             host=host,
             notifier=notifier,
             sockets=sockets,
+            program=program,
+            handed=handed,
         )
     )
-    return 0
+
+
+def _check_handover(state_format: int) -> None:
+    """Say whether this program could take the place of one that runs now.
+
+    Raises: ReexecError.
+    """
+    if state_format != handover.FORMAT:
+        text = f"it knows state of format {handover.FORMAT}, not {state_format}"
+        raise ReexecError(text, hint="restart tdxd: systemctl restart tdxd")
 
 
 def _host(config: Config) -> Host:

@@ -17,7 +17,7 @@ import msgpack
 
 from tdxd.errors import ConfigError, DataError, TdxdError
 
-__all__ = ["decode", "decode_canonical", "encode_canonical", "strict_map"]
+__all__ = ["decode", "decode_canonical", "encode_canonical", "plain", "strict_map"]
 
 T = TypeVar("T")
 
@@ -153,6 +153,20 @@ def _show(got: object) -> str:
         return "a list"
     text = repr(got)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def plain(value: object) -> object:
+    """Return plain values from which `decode` builds the same dataclass again."""
+    if dataclasses.is_dataclass(value):
+        return {
+            field.metadata.get("key", field.name): plain(getattr(value, field.name))
+            for field in dataclasses.fields(value)
+        }
+    if isinstance(value, tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return value
 
 
 # --- canonical msgpack --------------------------------------------------------

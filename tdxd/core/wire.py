@@ -41,6 +41,7 @@ VERBS = {
     "unmount": True,
     "reload": True,
     "retry": True,
+    "reexec": True,
 }
 """Every verb, and whether it changes something (and so needs uid 0)."""
 

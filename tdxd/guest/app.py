@@ -8,24 +8,27 @@ import os
 import shutil
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from functools import partial
 
 import trio
 
-from tdxd.core.config import Config, parse_address, parse_config
-from tdxd.errors import ConfigError, HostError, TdxdError
+from tdxd.core.config import Config, parse_config
+from tdxd.errors import ConfigError, HostError, ReexecError, TdxdError
 from tdxd.guest import control
 from tdxd.guest.attest import Bundles
 from tdxd.guest.daemon import Daemon
 from tdxd.guest.events import Events
-from tdxd.guest.front import listen_tcp
-from tdxd.host import machine, routes
+from tdxd.guest.handover import State, decode_state
+from tdxd.guest.listener import Listeners
+from tdxd.guest.successor import Successor, mount_namespace
+from tdxd.host import log, machine, proc, routes
+from tdxd.host.exec_in_place import SIGNALS, Inherited, Program
 from tdxd.host.ports import Host
 from tdxd.host.systemd import Notifier
 
-__all__ = ["check_machine", "fetch_bundles", "main", "read_config"]
+__all__ = ["check_machine", "fetch_bundles", "main", "read_config", "take_over"]
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _SILENT_S = 30.0
 """A reconciler that has not looked for this long hangs, unless an action is under way."""
 
@@ -75,6 +78,48 @@ async def fetch_bundles(host: Host, config: Config, ids: tuple[str, ...]) -> Bun
     return await keyfetch.fetch_bundles(ids, config=config.key_release, host=host)
 
 
+def take_over(
+    inherited: Inherited, config: Config, host: Host, *, besides: frozenset[int]
+) -> State | None:
+    """Return the state of the program before this one, if this one can go on with it.
+
+    Otherwise all that is left of that program is ended and closed, as if it had been killed,
+    but for the descriptors `besides`; the caller sweeps and starts afresh.
+    """
+    directory = config.control.runtime_dir
+    try:
+        state = decode_state(inherited.state)
+        directory = state.runtime_dir
+        _check_same_place(state, config, host)
+    except TdxdError as exc:
+        log.open_log()(
+            {"level": "warning", "event": "handover.refused", "error": exc.message}
+        )
+    else:
+        return state
+    proc.end_all_children()
+    inherited.close(besides=besides)
+    for point in reversed(host.mounts.under(directory)):
+        with contextlib.suppress(TdxdError):
+            host.mounts.unmount(point)
+    shutil.rmtree(directory, ignore_errors=True)
+    return None
+
+
+def _check_same_place(state: State, config: Config, host: Host) -> None:
+    """Check that what was opened is where this program looks for it.
+
+    Raises: ReexecError.
+    """
+    for what, then, now in (
+        ("runtime directory", state.runtime_dir, config.control.runtime_dir),
+        ("mapper", state.mapper, host.mapper.name),
+        ("mount namespace", state.mount_namespace, mount_namespace()),
+    ):
+        if then != now:
+            raise ReexecError(f"the {what} is {now} now, it was {then}")
+
+
 async def main(
     *,
     config: Config,
@@ -82,43 +127,58 @@ async def main(
     host: Host,
     notifier: Notifier,
     sockets: dict[str, socket.socket],
+    program: Program,
+    handed: State | None = None,
 ) -> None:
     """Run the daemon until SIGTERM or SIGINT, then close everything in order.
 
+    `program` can take its place; `handed` is the state of the one whose place this one took.
+
     Raises: HostError if an address or the control socket cannot be had.
     """
-    events = Events()
+    listeners = Listeners(config, sockets, handed)
     runtime_dir = config.control.runtime_dir
-    control_socket = sockets.get("control") or control.listen(
-        config.control.socket, config.control.group
-    )
-    health_socket = None
-    if config.health.listen is not None:
-        health_socket = listen_tcp(parse_address(config.health.listen))
     os.makedirs(os.path.join(runtime_dir, "volumes"), mode=0o755, exist_ok=True)
     os.chmod(runtime_dir, 0o755)  # noqa: S103 — the serving user passes through; no secret here
-
-    async def fetch(current: Config, ids: tuple[str, ...]) -> Bundles:
-        return await fetch_bundles(host, current, ids)
-
-    async with trio.open_nursery() as nursery:
-        daemon = Daemon(
-            host=host,
-            config=config,
-            load_config=load_config,
-            fetch=fetch,
-            events=events,
-            nursery=nursery,
-        )
-        daemon.start()
-        nursery.start_soon(control.serve, control_socket, daemon, events)
-        if health_socket is not None:
-            nursery.start_soon(_serve_health, health_socket, daemon)
-        await _until_told_to_stop(daemon, notifier, nursery)
-    events.emit("daemon.stopped")
-    if "control" not in sockets:
-        _unlink(config.control.socket)
+    with _received_signals() as signals:
+        async with trio.open_nursery() as nursery:
+            daemon = Daemon(
+                host=host,
+                config=config,
+                load_config=load_config,
+                fetch=partial(fetch_bundles, host),
+                successor=Successor(
+                    program,
+                    notifier=notifier,
+                    listeners=listeners,
+                    runtime_dir=runtime_dir,
+                    mapper=host.mapper.name,
+                ),
+                events=Events(),
+                nursery=nursery,
+            )
+            daemon.start(handed.daemon if handed else None)
+            nursery.start_soon(control.serve, listeners.control, daemon)
+            if listeners.health is not None:
+                nursery.start_soon(_serve_health, listeners.health, daemon)
+            await _until_told_to_stop(daemon, notifier, nursery, signals)
+    daemon.events.emit("daemon.stopped")
+    listeners.close()
     shutil.rmtree(runtime_dir, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _received_signals() -> Iterator[AsyncIterator[int]]:
+    """Receive signals; after that they are ignored, so that none cuts the end short.
+
+    What was held back over an exec is received, too: see `exec_in_place.held_signals`.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    for number in SIGNALS:
+        signal.signal(number, lambda *_: None)
+    with trio.open_signal_receiver(*SIGNALS) as received:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        yield received
 
 
 async def _serve_health(listener: socket.socket, daemon: Daemon) -> None:
@@ -129,7 +189,10 @@ async def _serve_health(listener: socket.socket, daemon: Daemon) -> None:
 
 
 async def _until_told_to_stop(
-    daemon: Daemon, notifier: Notifier, nursery: trio.Nursery
+    daemon: Daemon,
+    notifier: Notifier,
+    nursery: trio.Nursery,
+    signals: AsyncIterator[int],
 ) -> None:
     """Tell the service manager, wait for a signal, then close everything in order."""
     nursery.start_soon(_watchdog, notifier, daemon)
@@ -138,10 +201,8 @@ async def _until_told_to_stop(
     daemon.events.emit("daemon.started", pid=os.getpid())
     notifier.send(READY="1")
     try:
-        await _signals(daemon, notifier)
+        await _obey(signals, daemon, notifier)
     finally:
-        for number in _SIGNALS:  # a second one must not cut the closing short
-            signal.signal(number, lambda *_: None)
         with trio.CancelScope(shield=True):
             notifier.send(STOPPING="1")
             await daemon.stop()
@@ -149,23 +210,17 @@ async def _until_told_to_stop(
         nursery.cancel_scope.cancel()
 
 
-def _unlink(path: str) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
-
-
-async def _signals(daemon: Daemon, notifier: Notifier) -> None:
+async def _obey(
+    signals: AsyncIterator[int], daemon: Daemon, notifier: Notifier
+) -> None:
     """Reload at SIGHUP; return at SIGTERM or SIGINT."""
-    with trio.open_signal_receiver(*_SIGNALS) as received:
-        async with trio.open_nursery() as nursery:
-            async for number in received:
-                daemon.events.emit(
-                    "signal.received", signal=signal.Signals(number).name
-                )
-                if number != signal.SIGHUP:
-                    nursery.cancel_scope.cancel()
-                    return
-                nursery.start_soon(_reload, daemon, notifier)
+    async with trio.open_nursery() as nursery:
+        async for number in signals:
+            daemon.events.emit("signal.received", signal=signal.Signals(number).name)
+            if number != signal.SIGHUP:
+                nursery.cancel_scope.cancel()
+                return
+            nursery.start_soon(_reload, daemon, notifier)
 
 
 async def _reload(daemon: Daemon, notifier: Notifier) -> None:

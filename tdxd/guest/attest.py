@@ -12,6 +12,7 @@ import trio
 
 from tdxd.core.bundle import KeyBundle
 from tdxd.errors import TdxdError
+from tdxd.guest.standstill import Standstill
 
 __all__ = ["Attester", "Bundles", "FetchBundles"]
 
@@ -26,8 +27,10 @@ _GATHER_S = 0.05
 class Attester:
     """Gathers requests for bundles and runs one exchange at a time."""
 
-    def __init__(self, fetch: FetchBundles) -> None:
+    def __init__(self, fetch: FetchBundles, standstill: Standstill) -> None:
         self._fetch = fetch
+        self._standstill = standstill
+        self._work: trio.CancelScope | None = None
         self._waiting: dict[
             str, list[trio.MemorySendChannel[KeyBundle | TdxdError]]
         ] = {}
@@ -60,7 +63,17 @@ class Attester:
             batch = {key: asked for key, asked in self._waiting.items() if asked}
             self._waiting = {}
             if batch:
-                await self._exchange(batch)
+                with (
+                    self._standstill.running("a key release"),
+                    trio.CancelScope() as self._work,
+                ):
+                    await self._exchange(batch)
+                self._work = None
+
+    def give_up(self) -> None:
+        """Call an exchange off; those who wait for it must be called off, too."""
+        if self._work is not None:
+            self._work.cancel()
 
     async def _exchange(
         self, batch: dict[str, list[trio.MemorySendChannel[KeyBundle | TdxdError]]]

@@ -7,7 +7,6 @@ frame comes at least every five seconds, so that a caller can tell a long wait f
 from __future__ import annotations
 
 import contextlib
-import grp
 import math
 import os
 import socket
@@ -20,86 +19,50 @@ import trio
 from tdxd import __version__
 from tdxd.core import wire
 from tdxd.errors import (
-    HostError,
     NotAllowedError,
+    ReexecError,
     RemoteProtocolError,
     TdxdError,
     UsageError,
 )
+from tdxd.guest import standstill
 from tdxd.guest.daemon import Daemon
-from tdxd.guest.events import Events
+from tdxd.guest.standstill import Standstill
 
-__all__ = ["listen", "serve"]
+__all__ = ["serve"]
 
 _KEEP_ALIVE_S = 5.0
 _REQUEST_TIMEOUT_S = 10.0
+_LAST_FRAME_S = 5.0
+_CONVERSATION = "a control request"
 _UCRED = struct.Struct("iII")
 """struct ucred of unix(7): pid, uid, gid."""
 
 Send = Callable[[dict[str, object]], Awaitable[None]]
 
 
-def listen(path: str, group: str | None) -> socket.socket:
-    """Make the control socket, mode 0660, for a group if it exists.
-
-    Raises: HostError, with a hint if another daemon answers there.
-    """
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    try:
-        _remove_stale(path)
-        mask = os.umask(0o177)
-        try:
-            sock.bind(path)
-        finally:
-            os.umask(mask)
-        with contextlib.suppress(KeyError):
-            os.chown(path, 0, grp.getgrnam(group or "").gr_gid)
-            os.chmod(path, 0o660)
-        sock.listen(16)
-    except OSError as exc:
-        sock.close()
-        raise HostError.of("listen on", path, exc) from exc
-    sock.setblocking(False)
-    return sock
-
-
-def _remove_stale(path: str) -> None:
-    """Remove a socket nobody listens on.
-
-    Raises: HostError if a daemon answers there.
-    """
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        try:
-            probe.connect(path)
-        except FileNotFoundError:
-            return
-        except ConnectionRefusedError:
-            os.unlink(path)
-            return
-    hint = "another tdxd runs: tdxctl --socket " + path + " status"
-    raise HostError("listen on", path, 98, hint=hint)
-
-
-async def serve(listener: socket.socket, daemon: Daemon, events: Events) -> None:
+async def serve(listener: socket.socket, daemon: Daemon) -> None:
     """Answer connections until cancelled."""
-    sock = trio.socket.from_stdlib_socket(listener)
 
     async def answer(stream: trio.SocketStream) -> None:
-        await _connection(stream, daemon, events)
+        await _connection(stream, daemon)
 
-    await trio.serve_listeners(answer, [trio.SocketListener(sock)])
+    await standstill.serve(
+        listener, answer, standstill=daemon.standstill, what=_CONVERSATION
+    )
 
 
-async def _connection(
-    stream: trio.SocketStream, daemon: Daemon, events: Events
-) -> None:
+async def _connection(stream: trio.SocketStream, daemon: Daemon) -> None:
     """Answer one connection. A boundary: whatever goes wrong in it ends it, not the daemon."""
     request_id = 0
-    lock = trio.Lock()
+    lock, torn = trio.Lock(), False
 
     async def send(message: dict[str, object]) -> None:
+        nonlocal torn
         async with lock:
+            torn = True
             await stream.send_all(wire.encode_frame(message))
+            torn = False
 
     try:
         with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
@@ -114,9 +77,10 @@ async def _connection(
                     result = await _run(verb, args, request_id, daemon, send)
                     await send(wire.reply(request_id, more=False, result=result))
                 except TdxdError as exc:
-                    await send(wire.error_reply(request_id, exc))
+                    with trio.move_on_after(0 if torn else _LAST_FRAME_S):
+                        await send(wire.error_reply(request_id, exc))
     except Exception as exc:  # noqa: BLE001 — the boundary of design §7: one caller's bug
-        events.emit(
+        daemon.events.emit(
             "control.crashed", level="error", error=f"{type(exc).__name__}: {exc}"
         )
 
@@ -157,11 +121,16 @@ def _authorise(verb: str, uid: int) -> None:
 async def _run(
     verb: str, args: dict[str, object], request_id: int, daemon: Daemon, send: Send
 ) -> object:
-    """Carry out a verb, with keep-alives, and stop when the caller hangs up."""
+    """Carry out a verb, with keep-alives, and stop when the caller hangs up.
+
+    A verb that lasts is broken off at a standstill: `tdxctl` gives it again.
+    """
     result: object = None
-    failure: TdxdError | None = None
+    failure: TdxdError | None = ReexecError("tdxd is being re-executed")
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_keep_alive, send, request_id, nursery.cancel_scope)
+        if verb != "reexec":
+            nursery.start_soon(_break_off, daemon.standstill, nursery.cancel_scope)
         try:
             result = await _VERBS[verb](daemon, args, _more(send, request_id))
         except (
@@ -170,10 +139,17 @@ async def _run(
             failure = exc
         except trio.BrokenResourceError:
             pass  # the caller hung up
+        else:
+            failure = None
         nursery.cancel_scope.cancel()
     if failure is not None:
         raise failure
     return result
+
+
+async def _break_off(standing: Standstill, scope: trio.CancelScope) -> None:
+    await standing.until_frozen()
+    scope.cancel()
 
 
 async def _keep_alive(send: Send, request_id: int, scope: trio.CancelScope) -> None:
@@ -218,8 +194,17 @@ async def _status(daemon: Daemon, _args: dict[str, object], _more: More) -> Any:
     return daemon.status()
 
 
-async def _version(_daemon: Daemon, _args: dict[str, object], _more: More) -> Any:
-    return {"version": __version__, "protocol": wire.VERSION}
+async def _version(daemon: Daemon, _args: dict[str, object], _more: More) -> Any:
+    return _program(daemon)
+
+
+def _program(daemon: Daemon) -> dict[str, object]:
+    return {
+        "version": __version__,
+        "protocol": wire.VERSION,
+        "pid": os.getpid(),
+        "reexecs": daemon.reexecs,
+    }
 
 
 async def _health(daemon: Daemon, _args: dict[str, object], _more: More) -> Any:
@@ -235,8 +220,9 @@ async def _wait(daemon: Daemon, args: dict[str, object], _more: More) -> Any:
 
 
 async def _events(daemon: Daemon, args: dict[str, object], more: More) -> Any:
-    """Send the kept events; with `follow`, each new one until the caller hangs up."""
-    last = 0
+    """Send the kept events, those numbered above `after`; with `follow`, each new one, too."""
+    last = args.get("after")
+    last = last if isinstance(last, int) and last <= daemon.events.count else 0
     while True:
         count = daemon.events.heard.count
         for item in daemon.events.after(last):
@@ -268,6 +254,16 @@ async def _retry(daemon: Daemon, args: dict[str, object], _more: More) -> Any:
     return daemon.status()
 
 
+async def _reexec(daemon: Daemon, _args: dict[str, object], more: More) -> Any:
+    """Give way to the new program; the exec itself ends the conversation."""
+
+    async def accepted() -> None:
+        await more(accepted=_program(daemon))
+
+    with daemon.standstill.apart(_CONVERSATION):
+        await daemon.reexec(accepted)
+
+
 _VERBS: dict[str, Callable[[Daemon, dict[str, object], More], Awaitable[Any]]] = {
     "status": _status,
     "version": _version,
@@ -278,4 +274,5 @@ _VERBS: dict[str, Callable[[Daemon, dict[str, object], More], Awaitable[Any]]] =
     "unmount": _unmount,
     "reload": _reload,
     "retry": _retry,
+    "reexec": _reexec,
 }

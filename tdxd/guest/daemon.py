@@ -4,27 +4,56 @@ from __future__ import annotations
 
 import os
 from collections.abc import Awaitable, Callable
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, NoReturn, Protocol
 
 import trio
 
+from tdxd import __version__
 from tdxd.core.config import Config, VolumeConfig
 from tdxd.core.plan import VolumeState
-from tdxd.errors import ConfigError, MissingError, NotReadyError, UsageError
+from tdxd.errors import (
+    ConfigError,
+    MissingError,
+    NotReadyError,
+    ReexecError,
+    UsageError,
+)
 from tdxd.guest import report
 from tdxd.guest.attest import Attester, Bundles
 from tdxd.guest.changes import Changes
 from tdxd.guest.events import Events
+from tdxd.guest.handover import HandedDaemon, ServedVolume
 from tdxd.guest.reconciler import VolumeReconciler
-from tdxd.guest.server import ServedVolume
 from tdxd.guest.serving import ServingReconciler
+from tdxd.guest.standstill import Standstill
 from tdxd.host import clock, images
 from tdxd.host.ports import Host
 
-__all__ = ["Daemon"]
+__all__ = ["Daemon", "Successor"]
 
 _STOP_DEADLINE_S = 50.0
 """Within systemd's TimeoutStopSec of the unit, which is 60 s."""
+_STANDSTILL_S = 20.0
+"""Less than a reconciler may stand still before the watchdog is no longer fed."""
+_LAST_LOOK_S = 5.0
+_SIGNAL_S = 0.01
+"""Long enough for a signal that has been received to be acted on."""
+
+
+class Successor(Protocol):
+    """The program that can take this one's place."""
+
+    async def check(self) -> None:
+        """Try it out.
+
+        Raises: ConfigError, ReexecError, HostError.
+        """
+        ...
+
+    def prepared(self) -> AbstractContextManager[Callable[[HandedDaemon], NoReturn]]:
+        """Hold signals back; gives what executes it, which raises HostError if that fails."""
+        ...
 
 
 class Daemon:
@@ -37,23 +66,29 @@ class Daemon:
         config: Config,
         load_config: Callable[[], Config],
         fetch: Callable[[Config, tuple[str, ...]], Awaitable[Bundles]],
+        successor: Successor,
         events: Events,
         nursery: trio.Nursery,
     ) -> None:
         self.config = config
         self.events = events
         self.changes = Changes()
+        self.standstill = Standstill()
+        self.reexecs = 0
+        self._reexecuting = False
         self.started = clock.wall_clock()
         self.stopping = False
         self._host = host
         self._load_config = load_config
         self._nursery = nursery
         self._fetch = fetch
-        self._attester = Attester(self._fetch_bundles)
+        self._successor = successor
+        self._attester = Attester(self._fetch_bundles, self.standstill)
         self._volumes: list[VolumeReconciler] = []
         self.serving = ServingReconciler(
             host=host,
             config=config,
+            standstill=self.standstill,
             changes=self.changes,
             events=events,
             volumes=self._served,
@@ -63,12 +98,17 @@ class Daemon:
 
     # --- life ---
 
-    def start(self) -> None:
-        """Start the attester and every reconciler in the nursery."""
+    def start(self, handed: HandedDaemon | None = None) -> None:
+        """Start the attester and every reconciler in the nursery.
+
+        With the state of the program before this one they go on where it stood still.
+        """
+        if handed is not None:
+            self._adopt(handed)
         self._nursery.start_soon(self._attester.run)
         self._nursery.start_soon(self._run_serving)
-        for spec in self.config.volume:
-            self._add(spec)
+        self._add_new()
+        self._nursery.start_soon(self._add_missing)
 
     async def _fetch_bundles(self, ids: tuple[str, ...]) -> Bundles:
         """Ask under the config of now: a reload may have changed the servers."""
@@ -78,17 +118,34 @@ class Daemon:
         await self.serving.run()
         self._serving_done.set()
 
-    def _add(self, spec: VolumeConfig) -> None:
-        volume = VolumeReconciler(
+    def _add_new(self) -> None:
+        """Add each configured volume that has no reconciler; none any more when stopping."""
+        if self.stopping:
+            return
+        have = {one.spec.id for one in self._volumes}
+        for spec in self.config.volume:
+            if spec.id not in have:
+                self._run(self._reconciler(spec))
+
+    async def _add_missing(self) -> None:
+        """Add what is configured anew, once those that must go are gone."""
+        await self.until(lambda: not any(one.leaving for one in self._volumes))
+        self._add_new()
+
+    def _reconciler(self, spec: VolumeConfig) -> VolumeReconciler:
+        return VolumeReconciler(
             spec,
             host=self._host,
             release=self.config.key_release,
             attester=self._attester,
+            standstill=self.standstill,
             changes=self.changes,
             events=self.events,
             directory=os.path.join(self.config.control.runtime_dir, "volumes"),
             in_use=lambda one: self.serving.uses(one.spec.id, one.generation),
         )
+
+    def _run(self, volume: VolumeReconciler) -> None:
         self._volumes.append(volume)
         self._nursery.start_soon(self._run_volume, volume)
 
@@ -101,7 +158,7 @@ class Daemon:
         """Return the volumes to serve; `None` while one is on its way and none must go."""
         open_ = [one for one in self._volumes if one.wanted and one.mounted]
         going = any(
-            not one.wanted and self.serving.uses(one.spec.id, one.generation)
+            one.closing and self.serving.uses(one.spec.id, one.generation)
             for one in self._volumes
         )
         coming = any(one.wanted and not one.settled for one in self._volumes)
@@ -119,6 +176,7 @@ class Daemon:
     async def stop(self) -> None:
         """Close everything in order: front, model server, mounts, mappings, loop devices."""
         self.stopping = self.serving.stopping = True
+        self.standstill.release()
         for volume in self._volumes:
             volume.want(mounted=False, leave=True)
         self.changes.ring()
@@ -149,6 +207,7 @@ class Daemon:
         return report.status(
             config=self.config,
             started=self.started,
+            reexecs=self.reexecs,
             pid=os.getpid(),
             mapper=self._host.mapper.name,
             volumes=self._volumes,
@@ -234,11 +293,7 @@ class Daemon:
             one.retry_now()
         self.serving.retry_now()
         self.events.emit("config.reloaded", volumes=len(config.volume))
-        await self.until(lambda: not any(one.leaving for one in self._volumes))
-        have = {one.spec.id for one in self._volumes}
-        for spec in config.volume:
-            if spec.id not in have:
-                self._add(spec)
+        await self._add_missing()
         await self._settle()
 
     async def _settle(self) -> None:
@@ -278,3 +333,62 @@ class Daemon:
                     f"[{name}] changed: a reload cannot change it",
                     hint="restart tdxd to apply it",
                 )
+
+    # --- giving way to a new program ---
+
+    async def reexec(self, accepted: Callable[[], Awaitable[None]]) -> None:
+        """Replace this program by the one now on disk; returns only by an error.
+
+        `accepted` is called when nothing but the exec itself can fail any more.
+
+        Raises: ConfigError, ReexecError, HostError; then all goes on as before.
+        """
+        if self._reexecuting:
+            raise ReexecError("tdxd is already being re-executed")
+        self._reexecuting = True
+        try:
+            await self._successor.check()
+            if self.stopping:
+                raise ReexecError("tdxd is stopping")
+            self.standstill.freeze()
+            self._attester.give_up()
+            for one in self._volumes:
+                one.give_up()
+            await self.standstill.reached(_STANDSTILL_S)
+            with self._successor.prepared() as execute:
+                await accepted()
+                await trio.sleep(_SIGNAL_S)
+                await self.standstill.reached(_LAST_LOOK_S)
+                self.events.emit("daemon.reexecuting", version=__version__)
+                execute(self._hand_over())  # nothing else ran since the last look
+        finally:
+            self._reexecuting = False
+            self.standstill.release()
+            self.changes.ring()
+
+    def _hand_over(self) -> HandedDaemon:
+        return HandedDaemon(
+            version=__version__,
+            reexecs=self.reexecs,
+            started=self.started,
+            volumes=tuple(one.hand_over() for one in self._volumes),
+            serving=self.serving.hand_over(),
+            events=self.events.hand_over(),
+        )
+
+    def _adopt(self, handed: HandedDaemon) -> None:
+        """Go on where the program before this one stood still.
+
+        A configuration that has changed since then is carried out as by a reload.
+        """
+        self.started, self.reexecs = handed.started, handed.reexecs + 1
+        self.events.adopt(handed.events)
+        for one in handed.volumes:
+            volume = self._reconciler(one.spec)
+            volume.adopt(one)
+            if self.config.volume_named(one.spec.id) != one.spec:
+                volume.want(mounted=False, leave=True)
+            self._run(volume)
+        self.serving.adopt(handed.serving)
+        fields = {"from_version": handed.version, "version": __version__}
+        self.events.emit("daemon.reexecuted", **fields, pid=os.getpid())

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import collections
 
+import msgpack
+
 from tdxd.guest.changes import Changes
+from tdxd.guest.handover import HandedEvents
 from tdxd.host import log
 from tdxd.host.clock import wall_clock
 
@@ -25,15 +28,15 @@ class Events:
         self._kept: collections.deque[dict[str, object]] = collections.deque(
             maxlen=_KEPT
         )
-        self._count = 0
+        self.count = 0
         self.heard = Changes()
 
     def emit(self, event: str, *, level: str = "info", **fields: object) -> None:
         """Log an event and keep it."""
-        self._count += 1
+        self.count += 1
         shown = {key: value for key, value in fields.items() if value not in (None, "")}
         item: dict[str, object] = {
-            "seq": self._count,
+            "seq": self.count,
             "time": wall_clock(),
             "level": level,
             "event": event,
@@ -42,6 +45,16 @@ class Events:
         self._kept.append(item)
         self._write(item)
         self.heard.ring()
+
+    def hand_over(self) -> HandedEvents:
+        """Return the count and the kept events, for the program after this one."""
+        kept: bytes = msgpack.packb(list(self._kept), default=str)
+        return HandedEvents(count=self.count, kept=kept)
+
+    def adopt(self, handed: HandedEvents) -> None:
+        """Go on after the events of the program before this one."""
+        self._kept.extend(handed.items())
+        self.count = handed.count
 
     def after(self, sequence: int) -> list[dict[str, object]]:
         """Return the kept events numbered above `sequence`, oldest first."""

@@ -2,43 +2,26 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
-import errno
+import hashlib
+import json
 import os
 import signal
 import socket
 
-from tdxd.core.config import Address, ServingConfig, parse_address
-from tdxd.errors import HostError, NotReadyError
+import trio
+
+from tdxd.core.config import ServingConfig
+from tdxd.errors import NotReadyError
+from tdxd.guest.handover import HandedFront, ServedVolume
 from tdxd.host import content, haproxy
 from tdxd.host.ports import Cell, Child, ChildSpec, Host
 
-__all__ = ["Front", "listen_tcp", "start_front"]
+__all__ = ["Front", "adopt_front", "certificate_of", "front_key", "start_front"]
 
-_BACKLOG = 1024
 _EXIT_S = 3.0
-
-
-def listen_tcp(address: Address) -> socket.socket:
-    """Return a listening TCP socket; `[::]` takes IPv4 as well.
-
-    Raises: HostError, naming the address, with a hint if it is in use.
-    """
-    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        sock.bind((address.host, address.port))
-        sock.listen(_BACKLOG)
-    except OSError as exc:
-        sock.close()
-        used = exc.errno == errno.EADDRINUSE
-        hint = f"another program uses port {address.port}: ss -ltnp" if used else ""
-        raise HostError.of("listen on", str(address), exc, hint=hint) from exc
-    sock.setblocking(False)
-    return sock
+_KEPT_LINES = 10
 
 
 class Front:
@@ -54,6 +37,9 @@ class Front:
         api: haproxy.RuntimeApi,
     ) -> None:
         self.key, self.active, self.child = key, active, child
+        self.lines: collections.deque[str] = collections.deque(maxlen=_KEPT_LINES)
+        self.silent = trio.Event()
+        """Set once it has said its last words."""
         self._cell = cell
         self._api = api
 
@@ -83,7 +69,38 @@ class Front:
     async def stop(self, drain_s: float) -> None:
         """Let open streams end within `drain_s`, then end the process."""
         await self.child.stop(drain_s + _EXIT_S, signal=signal.SIGUSR1)
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the cell; the process must have ended."""
         self._cell.close()
+
+    def hand_over(self, host: Host) -> HandedFront:
+        """Return what the program after this one needs to go on with it."""
+        return HandedFront(
+            key=self.key,
+            active=self.active,
+            child=host.children.hand_over(self.child, self._cell),
+            admin_path=self._api.path,
+            lines=tuple(self.lines),
+        )
+
+
+def adopt_front(handed: HandedFront, host: Host) -> Front:
+    """Go on with the front of the program before this one.
+
+    Raises: HostError if there is no such child.
+    """
+    child, cell = host.children.adopt(handed.child)
+    front = Front(
+        key=handed.key,
+        active=handed.active,
+        child=child,
+        cell=cell,
+        api=haproxy.RuntimeApi(handed.admin_path),
+    )
+    front.lines.extend(handed.lines)
+    return front
 
 
 def start_front(
@@ -156,6 +173,11 @@ def certificate_of(volume_id: str | None, mount_points: dict[str, str]) -> bytes
     return content.read_certificate(mount_points[volume_id])
 
 
-def listen_address(config: ServingConfig) -> Address:
-    """Return the address of the gRPC front."""
-    return parse_address(config.listen)
+def front_key(
+    volumes: tuple[ServedVolume, ...], config: ServingConfig, tls_volume: str | None
+) -> str:
+    """Return a key that differs when the front must be another process."""
+    tls = [one for one in volumes if one.volume_id == tls_volume]
+    names = [f"{one.volume_id}@{one.generation}" for one in tls]
+    text = json.dumps([config.listen, config.user, config.haproxy, names])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

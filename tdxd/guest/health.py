@@ -12,6 +12,7 @@ import socket
 import h11
 import trio
 
+from tdxd.guest import standstill
 from tdxd.guest.daemon import Daemon
 
 __all__ = ["serve"]
@@ -29,8 +30,9 @@ async def serve(listener: socket.socket, daemon: Daemon) -> None:
             async with stream:
                 await _connection(stream, daemon)
 
-    sock = trio.socket.from_stdlib_socket(listener)
-    await trio.serve_listeners(answer, [trio.SocketListener(sock)])
+    await standstill.serve(
+        listener, answer, standstill=daemon.standstill, what="a health request"
+    )
 
 
 async def _connection(stream: trio.SocketStream, daemon: Daemon) -> None:

@@ -22,6 +22,8 @@ from tdxd.errors import BadHeaderError, IntegrityError, MissingError, Retry, Tdx
 from tdxd.guest.attest import Attester
 from tdxd.guest.changes import Changes
 from tdxd.guest.events import Events
+from tdxd.guest.handover import HandedFailure, HandedVolume
+from tdxd.guest.standstill import Standstill
 from tdxd.host import clock, images
 from tdxd.host.ports import Host, MappedVolume
 
@@ -32,6 +34,8 @@ T = TypeVar("T")
 _POLL_S = 2.0
 """How often the world is looked at without being told of a change."""
 _CLOSE_RETRY_S = 1.0
+_LASTING = (Retry.OPERATOR, Retry.SLOW)
+"""Failures that another program of ours would meet, too."""
 _SLOWEST_BYTES_PER_S = 10e6
 """A disk slower than this while mapping counts as hanging."""
 
@@ -46,6 +50,7 @@ class VolumeReconciler:
         host: Host,
         release: KeyReleaseConfig,
         attester: Attester,
+        standstill: Standstill,
         changes: Changes,
         events: Events,
         directory: str,
@@ -63,12 +68,15 @@ class VolumeReconciler:
         self.beat_s = trio.current_time()
         self._host, self._release = host, release
         self._attester, self._changes, self._events = attester, changes, events
+        self._standstill = standstill
         self._directory = directory
         self._in_use = in_use
         self._bundle: KeyBundle | None = None
         self._stuck_until_s: float | None = None
         self._stop_work = threading.Event()
         self._work: trio.CancelScope | None = None
+        self._doubted = False
+        """Whether what was handed over is not what was mapped: it is closed, then opened anew."""
 
     # --- what others see and ask ---
 
@@ -99,18 +107,26 @@ class VolumeReconciler:
         Planned anew, so that it is true of what is wanted and seen now, not of the last look.
         """
         step = self._plan(trio.current_time())
-        closing = step.state is VolumeState.CLOSING
-        return isinstance(step.action, plan.Wait) and not closing
+        return isinstance(step.action, plan.Wait) and not self.closing
+
+    @property
+    def closing(self) -> bool:
+        """Whether it must be closed: it is not wanted, or not intact. Planned anew, too."""
+        return self._plan(trio.current_time()).state is VolumeState.CLOSING
 
     def want(self, *, mounted: bool, leave: bool = False) -> None:
         """Set what is wanted; an exchange or a mapping under way is given up if not."""
         self.wanted = mounted and not leave
         self.leaving = self.leaving or leave
         if not self.wanted:
-            self._stop_work.set()
-            if self._work is not None:
-                self._work.cancel()
+            self.give_up()
         self._changes.ring()
+
+    def give_up(self) -> None:
+        """Call an exchange or a mapping under way off."""
+        self._stop_work.set()
+        if self._work is not None:
+            self._work.cancel()
 
     def retry_now(self) -> None:
         """Forget the last failure and its wait."""
@@ -129,6 +145,7 @@ class VolumeReconciler:
     async def run(self) -> None:
         """Observe, plan, act, until `leaving` and nothing is open."""
         while True:
+            await self._standstill.passage()
             count, now_s = self._changes.count, trio.current_time()
             self.beat_s = now_s
             step = plan.plan_volume(
@@ -137,7 +154,8 @@ class VolumeReconciler:
             self._show(step.state)
             if not isinstance(step.action, plan.Wait):
                 self.beat_s = now_s + self._allowance_s(step.action)
-                await self._act(step)
+                with self._standstill.running(f"volume {self.spec.id}"):
+                    await self._act(step)
                 continue
             if self.leaving and step.state is VolumeState.ABSENT:
                 return
@@ -171,7 +189,7 @@ class VolumeReconciler:
             keyed=self._bundle is not None,
             mapped=self.mapped is not None,
             mounted=self.mount_point in self._host.mounts.under(self._directory),
-            intact=intact,
+            intact=intact and not self._doubted,
             in_use=self._in_use(self),
             failure=self.failure,
             stuck_until_s=self._stuck_until_s,
@@ -202,7 +220,7 @@ class VolumeReconciler:
             if closing:
                 self._stuck_until_s = trio.current_time() + _CLOSE_RETRY_S
                 self._log_failure("volume.close_failed", exc)
-            elif self.wanted:
+            elif self.wanted and not self._standstill.frozen:
                 self._fail(exc, tag)
         else:
             self._stuck_until_s = None
@@ -293,7 +311,7 @@ class VolumeReconciler:
         mapped = self.mapped
         assert mapped is not None
         await self._blocking(lambda: self._host.mapper.unmap(mapped))
-        self.mapped = None
+        self.mapped, self._doubted = None, False
 
     def _forget_key(self) -> None:
         if self._bundle is not None:
@@ -303,6 +321,40 @@ class VolumeReconciler:
     async def _blocking(self, work: Callable[[], T]) -> T:
         """Run a call that can take long in a thread; it is never abandoned."""
         return await trio.to_thread.run_sync(work)
+
+    # --- over an exec ---
+
+    def hand_over(self) -> HandedVolume:
+        """Return what the program after this one needs; the key is wiped, not handed over."""
+        self._forget_key()
+        failure = self.failure
+        if failure is not None and failure.error.retry not in _LASTING:
+            failure = None
+        now_s = trio.current_time()
+        return HandedVolume(
+            spec=self.spec,
+            wanted=self.wanted,
+            leaving=self.leaving,
+            state=self.state.value,
+            since=self.since,
+            image=self.image,
+            mapped=self.mapped,
+            failure=HandedFailure.of(failure, now_s) if failure else None,
+        )
+
+    def adopt(self, handed: HandedVolume) -> None:
+        """Go on with what the program before this one opened; call it before `run`."""
+        self.wanted, self.leaving = handed.wanted, handed.leaving
+        self.mapped, self.image = handed.mapped, handed.image
+        self._doubted = handed.mapped is not None and not _is_open(handed.mapped)
+        if self._doubted:
+            self._events.emit(
+                "volume.not_adopted", level="warning", volume=self.spec.id
+            )
+        else:
+            self.state, self.since = VolumeState(handed.state), handed.since
+        if handed.failure is not None:
+            self.failure = handed.failure.failure(trio.current_time())
 
     async def close(self) -> None:
         """Close everything, whatever the state; for the daemon's last clean-up."""
@@ -314,3 +366,13 @@ class VolumeReconciler:
             with contextlib.suppress(TdxdError):
                 self._host.mapper.unmap(self.mapped)
             self.mapped = None
+
+
+def _is_open(mapped: MappedVolume) -> bool:
+    """Say whether the descriptor, if there is one, is still one of the device."""
+    if mapped.fd < 0:
+        return True
+    try:
+        return os.readlink(f"/proc/self/fd/{mapped.fd}") == mapped.device
+    except OSError:
+        return False

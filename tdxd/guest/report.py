@@ -20,6 +20,7 @@ def status(
     *,
     config: Config,
     started: str,
+    reexecs: int,
     pid: int,
     mapper: str,
     volumes: list[VolumeReconciler],
@@ -31,6 +32,7 @@ def status(
         "version": __version__,
         "pid": pid,
         "since": started,
+        "reexecs": reexecs,
         "ready": ready,
         "reasons": reasons,
         "config": "unmeasured",
@@ -108,7 +110,7 @@ def _serving(config: Config, serving: ServingReconciler) -> dict[str, Any]:
             "active": front is not None and front.active == one.slot,
             "models": [
                 {"name": model.name, "versions": list(model.versions)}
-                for model in one.models.values()
+                for model in one.models
             ],
             "last_line": one.lines[-1] if one.lines else None,
         }

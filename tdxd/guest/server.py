@@ -3,34 +3,40 @@
 from __future__ import annotations
 
 import collections
-import dataclasses
 import hashlib
 import json
 import os
 import shutil
 import sys
+from collections.abc import Iterable
 
 import trio
 
 from tdxd.core.config import ServingConfig
-from tdxd.errors import ConfigError, HostError, NotReadyError, ServeError, TdxdError
+from tdxd.errors import (
+    ConfigError,
+    HostError,
+    NotReadyError,
+    ServeError,
+    ServerExitedError,
+    TdxdError,
+)
+from tdxd.guest.handover import HandedServer, ServedVolume
 from tdxd.host import content, haproxy
 from tdxd.host.model_status import ModelStatusClient
 from tdxd.host.ports import Cell, Child, ChildSpec, Host
 from tdxd.host.proc import user_ids
 
-__all__ = ["ModelServer", "ServedVolume", "models_key", "server_command"]
+__all__ = [
+    "ModelServer",
+    "adopt_server",
+    "exited_error",
+    "models_key",
+    "server_command",
+    "start_server",
+]
 
 _KEPT_LINES = 50
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class ServedVolume:
-    """Proof that a volume is mounted: what a model server may be started on."""
-
-    volume_id: str
-    generation: int
-    mount_point: str
 
 
 def models_key(volumes: tuple[ServedVolume, ...], config: ServingConfig) -> str:
@@ -59,7 +65,7 @@ def server_command(config: ServingConfig) -> tuple[str, ...]:
 
 
 class ModelServer:
-    """A running model server. `models` maps each model to the volume that holds it."""
+    """A running model server. `key` names what it serves and how, `models` what it offers."""
 
     def __init__(
         self,
@@ -67,13 +73,13 @@ class ModelServer:
         slot: str,
         key: str,
         volumes: tuple[ServedVolume, ...],
-        models: dict[str, content.Model],
+        models: tuple[content.Model, ...],
         child: Child,
         cell: Cell,
         socket_path: str,
     ) -> None:
         self.slot, self.key, self.volumes, self.models = slot, key, volumes, models
-        self.child = child
+        self.child, self.cell = child, cell
         self.ready = False
         self.drained = False
         self.leaving = False
@@ -81,7 +87,9 @@ class ModelServer:
         self.drain_until_s: float | None = None
         self.started_s = trio.current_time()
         self.lines: collections.deque[str] = collections.deque(maxlen=_KEPT_LINES)
-        self._cell = cell
+        self.silent = trio.Event()
+        """Set once it has said its last words."""
+        self._socket_path = socket_path
         self._status = ModelStatusClient(socket_path)
 
     async def poll(self) -> None:
@@ -89,7 +97,7 @@ class ModelServer:
 
         Raises: NotReadyError with the server's own words if a model failed to load.
         """
-        for model in self.models.values():
+        for model in self.models:
             try:
                 seen = await self._status.versions(model.name)
             except TdxdError:
@@ -107,7 +115,48 @@ class ModelServer:
     def close(self) -> None:
         """Let go of the cell and the channel; the process must have ended."""
         self._status.close()
-        self._cell.close()
+        self.cell.close()
+
+    def hand_over(self, host: Host) -> HandedServer:
+        """Return what the program after this one needs to go on with it."""
+        now_s, until_s = trio.current_time(), self.drain_until_s
+        return HandedServer(
+            slot=self.slot,
+            key=self.key,
+            volumes=self.volumes,
+            models=self.models,
+            child=host.children.hand_over(self.child, self.cell),
+            socket_path=self._socket_path,
+            ready=self.ready,
+            drained=self.drained,
+            age_s=now_s - self.started_s,
+            drain_left_s=None if until_s is None else until_s - now_s,
+            lines=tuple(self.lines),
+        )
+
+
+def adopt_server(handed: HandedServer, host: Host) -> ModelServer:
+    """Go on with a model server of the program before this one.
+
+    Raises: HostError if there is no such child.
+    """
+    child, cell = host.children.adopt(handed.child)
+    server = ModelServer(
+        slot=handed.slot,
+        key=handed.key,
+        volumes=handed.volumes,
+        models=handed.models,
+        child=child,
+        cell=cell,
+        socket_path=handed.socket_path,
+    )
+    now_s = trio.current_time()
+    server.ready, server.drained = handed.ready, handed.drained
+    server.started_s = now_s - handed.age_s
+    if handed.drain_left_s is not None:
+        server.drain_until_s = now_s + handed.drain_left_s
+    server.lines.extend(handed.lines)
+    return server
 
 
 def start_server(
@@ -143,7 +192,7 @@ def start_server(
         slot=slot,
         key=models_key(volumes, config),
         volumes=volumes,
-        models={name: model for name, (model, _volume) in models.items()},
+        models=tuple(model for model, _volume in models.values()),
         child=child,
         cell=cell,
         socket_path=socket_path,
@@ -222,3 +271,11 @@ def _write(path: str, text: str) -> None:
         os.chmod(path, 0o644)
     except OSError as exc:
         raise HostError.of("write", path, exc) from exc
+
+
+def exited_error(what: str, status: int, lines: Iterable[str]) -> ServerExitedError:
+    """Return the error of a child that ended by itself, with its last words."""
+    how = f"by signal {-status}" if status < 0 else f"with status {status}"
+    last = next((line for line in reversed(list(lines)) if line.strip()), "nothing")
+    text = f"{what} ended {how}; it said last: {last[:300]}"
+    return ServerExitedError(text, hint="its output: tdxctl events")

@@ -5,24 +5,37 @@ A reconciler of its own: it observes the children, asks `core.plan.plan_serving`
 
 from __future__ import annotations
 
-import hashlib
-import json
-import socket
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import trio
 
 from tdxd.core import plan
-from tdxd.core.config import Config, ServingConfig
+from tdxd.core.config import Config
 from tdxd.core.plan import Failure, ServerSeen, ServingGoal, ServingSeen, ServingState
-from tdxd.errors import NotReadyError, ServerExitedError, TdxdError
-from tdxd.guest import front as fronts
+from tdxd.errors import HostError, NotReadyError, TdxdError
 from tdxd.guest.changes import Changes
 from tdxd.guest.events import Events
-from tdxd.guest.front import Front
-from tdxd.guest.server import ModelServer, ServedVolume, models_key, start_server
+from tdxd.guest.front import (
+    Front,
+    adopt_front,
+    certificate_of,
+    front_key,
+    start_front,
+)
+from tdxd.guest.handover import HandedServing, ServedVolume
+from tdxd.guest.listener import Listener
+from tdxd.guest.server import (
+    ModelServer,
+    adopt_server,
+    exited_error,
+    models_key,
+    start_server,
+)
+from tdxd.guest.standstill import Standstill
 from tdxd.host import clock
-from tdxd.host.ports import Child, Host
+from tdxd.host.ports import Host
 
 __all__ = ["ServingReconciler"]
 
@@ -43,6 +56,7 @@ class ServingReconciler:
         *,
         host: Host,
         config: Config,
+        standstill: Standstill,
         changes: Changes,
         events: Events,
         volumes: Callable[[], tuple[ServedVolume, ...] | None],
@@ -58,9 +72,11 @@ class ServingReconciler:
         self.restarts = 0
         self.beat_s = trio.current_time()
         self._host, self._changes, self._events = host, changes, events
+        self._standstill = standstill
         self._volumes = volumes
         self._nursery = nursery
-        self._listener: tuple[str, socket.socket] | None = None
+        self._listener = Listener()
+        """Outlives the front, so that no queued connection is lost."""
         self._wanted: tuple[ServedVolume, ...] = ()
 
     # --- what others see and ask ---
@@ -88,15 +104,17 @@ class ServingReconciler:
     async def run(self) -> None:
         """Observe, plan, act, until `stopping` and nothing runs."""
         while True:
+            await self._standstill.passage()
             count, now_s = self._changes.count, trio.current_time()
             self.beat_s = now_s
             step = self._plan(now_s)
             self._show(step.state)
             if not isinstance(step.action, plan.Wait):
-                await self._act(step.action)
+                with self._standstill.running("serving"):
+                    await self._act(step.action)
                 continue
             if self.stopping and step.state is ServingState.STOPPED:
-                self._close_listener()
+                self._listener.close()
                 return
             limit_s = now_s + _POLL_S
             await self._changes.after(
@@ -119,14 +137,8 @@ class ServingReconciler:
             return None
         return ServingGoal(
             models_key=models_key(self._wanted, config),
-            front_key=self._front_key(config),
+            front_key=front_key(self._wanted, config, self.config.tls_volume),
         )
-
-    def _front_key(self, config: ServingConfig) -> str:
-        tls = [one for one in self._wanted if one.volume_id == self.config.tls_volume]
-        names = [f"{one.volume_id}@{one.generation}" for one in tls]
-        text = json.dumps([config.listen, config.user, config.haproxy, names])
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def _observe(self) -> ServingSeen:
         servers = tuple(
@@ -208,15 +220,22 @@ class ServingReconciler:
             slot=slot,
             volumes=self._wanted,
         )
-        self.servers[slot] = server
         self._events.emit("server.started", slot=slot, pid=server.child.pid)
-        self._nursery.start_soon(self._read_lines, server)
+        self._keep_server(server)
+
+    def _keep_server(self, server: ModelServer) -> None:
+        self.servers[server.slot] = server
+        said = partial(self._read, server, "server.said", slot=server.slot)
+        self._nursery.start_soon(said)
         self._nursery.start_soon(self._watch_server, server)
 
-    async def _read_lines(self, server: ModelServer) -> None:
-        async for line in server.child.lines():
-            server.lines.append(line)
-            self._events.emit("server.said", level="debug", slot=server.slot, line=line)
+    async def _read(
+        self, child: ModelServer | Front, event: str, **fields: str
+    ) -> None:
+        async for line in child.child.lines():
+            child.lines.append(line)
+            self._events.emit(event, level="debug", **fields, line=line)
+        child.silent.set()
 
     async def _watch_server(self, server: ModelServer) -> None:
         status = await server.child.wait()
@@ -227,9 +246,10 @@ class ServingReconciler:
         if trio.current_time() - server.started_s > _STEADY_S:
             self.failure = None
         self.restarts += 1
-        self._fail(_exited("the model server", status, list(server.lines)))
+        self._fail(exited_error("the model server", status, server.lines))
         if self.front is not None and self.front.active == server.slot:
-            await self._forget_in_front(server.slot)
+            with self._standstill.running("the end of a model server"):
+                await self._forget_in_front(server.slot)
         self._changes.ring()
 
     async def _forget_in_front(self, slot: str) -> None:
@@ -289,53 +309,35 @@ class ServingReconciler:
         config = self.config.serving
         assert config is not None
         mount_points = {one.volume_id: one.mount_point for one in self._wanted}
-        certificate = fronts.certificate_of(self.config.tls_volume, mount_points)
-        self.front = fronts.start_front(
+        certificate = certificate_of(self.config.tls_volume, mount_points)
+        front = start_front(
             host=self._host,
             config=config,
             runtime_dir=self.config.control.runtime_dir,
-            listener=self._open_listener(config),
+            listener=self._listener.at(config.listen),
             certificate=certificate,
-            key=self._front_key(config),
+            key=front_key(self._wanted, config, self.config.tls_volume),
             active=slot,
         )
-        self._events.emit(
-            "front.started", pid=self.front.child.pid, listen=config.listen
-        )
-        self._nursery.start_soon(self._watch_front, self.front)
+        self._events.emit("front.started", pid=front.child.pid, listen=config.listen)
+        self._keep_front(front)
 
-    def _open_listener(self, config: ServingConfig) -> socket.socket:
-        """Return the listener; it outlives the front, so that no queued connection is lost."""
-        if self._listener is None or self._listener[0] != config.listen:
-            self._close_listener()
-            self._listener = (
-                config.listen,
-                fronts.listen_tcp(fronts.listen_address(config)),
-            )
-        return self._listener[1]
-
-    def _close_listener(self) -> None:
-        if self._listener is not None:
-            self._listener[1].close()
-            self._listener = None
+    def _keep_front(self, front: Front) -> None:
+        self.front = front
+        self._nursery.start_soon(self._read, front, "front.said")
+        self._nursery.start_soon(self._watch_front, front)
 
     async def _watch_front(self, front: Front) -> None:
-        lines: list[str] = []
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._read_front, front.child, lines)
-            status = await front.child.wait()
+        status = await front.child.wait()
+        with self._standstill.running("the end of the front"):
+            await front.silent.wait()
         if self.front is not front:
             return
         self.front = None
+        front.close()
         self.restarts += 1
-        self._fail(_exited("the front", status, lines))
+        self._fail(exited_error("the front", status, front.lines))
         self._changes.ring()
-
-    async def _read_front(self, child: Child, lines: list[str]) -> None:
-        async for line in child.lines():
-            lines.append(line)
-            del lines[:-10]
-            self._events.emit("front.said", level="debug", line=line)
 
     async def _stop_front(self) -> None:
         front, self.front = self.front, None
@@ -346,7 +348,43 @@ class ServingReconciler:
             await front.stop(config.drain_timeout_s if config else 0)
         self._events.emit("front.stopped")
         if self.stopping or config is None:
-            self._close_listener()
+            self._listener.close()
+
+    # --- over an exec ---
+
+    def hand_over(self) -> HandedServing:
+        """Return what the program after this one needs; call it at standstill."""
+        return HandedServing(
+            state=self.state.value,
+            since=self.since,
+            restarts=self.restarts,
+            wanted=self._wanted,
+            servers=tuple(one.hand_over(self._host) for one in self.servers.values()),
+            front=self.front.hand_over(self._host) if self.front else None,
+            listener=self._listener.hand_over(),
+        )
+
+    def adopt(self, handed: HandedServing) -> None:
+        """Go on with the children of the program before this one; call it before `run`."""
+        self.state, self.since = ServingState(handed.state), handed.since
+        self.restarts, self._wanted = handed.restarts, handed.wanted
+        self._listener = Listener(handed.listener)
+        for server in handed.servers:
+            with self._not_adopted(server.child.name):
+                self._keep_server(adopt_server(server, self._host))
+        if handed.front is not None:
+            with self._not_adopted("front"):
+                self._keep_front(adopt_front(handed.front, self._host))
+
+    @contextlib.contextmanager
+    def _not_adopted(self, name: str) -> Iterator[None]:
+        """Go on without a child that is none of ours any more: another one is started."""
+        try:
+            yield
+        except HostError as exc:
+            self._events.emit(
+                "child.not_adopted", level="warning", child=name, error=exc.message
+            )
 
     # --- the end ---
 
@@ -355,11 +393,4 @@ class ServingReconciler:
         await self._stop_front()
         for slot in list(self.servers):
             await self._stop_server(slot)
-        self._close_listener()
-
-
-def _exited(what: str, status: int, lines: list[str]) -> ServerExitedError:
-    how = f"by signal {-status}" if status < 0 else f"with status {status}"
-    last = next((line for line in reversed(lines) if line.strip()), "nothing")
-    text = f"{what} ended {how}; it said last: {last[:300]}"
-    return ServerExitedError(text, hint="its output: tdxctl events")
+        self._listener.close()

@@ -116,7 +116,7 @@ class RuntimeApi:
     """Commands to a running front through its admin socket, a path that only root may use."""
 
     def __init__(self, path: str) -> None:
-        self._path = path
+        self.path = path
 
     def listen(self) -> socket.socket:
         """Make the admin socket, to be handed to the front.
@@ -125,14 +125,14 @@ class RuntimeApi:
         """
         made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
-            if os.path.exists(self._path):
-                os.unlink(self._path)
-            made.bind(self._path)
-            os.chmod(self._path, 0o600)
+            if os.path.exists(self.path):
+                os.unlink(self.path)
+            made.bind(self.path)
+            os.chmod(self.path, 0o600)
             made.listen(16)
         except OSError as exc:
             made.close()
-            raise HostError.of("listen", self._path, exc) from exc
+            raise HostError.of("listen", self.path, exc) from exc
         return made
 
     async def command(self, line: str) -> str:
@@ -142,7 +142,7 @@ class RuntimeApi:
         """
         try:
             with trio.fail_after(5):
-                async with await trio.open_unix_socket(self._path) as stream:
+                async with await trio.open_unix_socket(self.path) as stream:
                     await stream.send_all(line.encode() + b"\n")
                     data = b""
                     while chunk := await stream.receive_some(65536):

@@ -39,12 +39,11 @@ class VersionStatus:
 
 
 class ModelStatusClient:
-    """A channel to one model server's unix socket."""
+    """A channel to one model server's unix socket; gRPC is loaded at the first question."""
 
     def __init__(self, path: str) -> None:
-        from tdxd.host import rpc  # with gRPC: only once there is a server to ask
-
-        self._channel: Any = rpc.unix_channel(path)
+        self._path = path
+        self._channel: Any = None
 
     async def versions(self, model: str) -> tuple[VersionStatus, ...]:
         """Return the states of a model's versions.
@@ -53,6 +52,8 @@ class ModelStatusClient:
         """
         from tdxd.host import rpc
 
+        if self._channel is None:
+            self._channel = rpc.unix_channel(self._path)
         messages = tf_messages.model_status()
         request = messages.GetModelStatusRequest()
         request.model_spec.name = model
@@ -74,4 +75,5 @@ class ModelStatusClient:
 
     def close(self) -> None:
         """Close the channel."""
-        self._channel.close()
+        if self._channel is not None:
+            self._channel.close()

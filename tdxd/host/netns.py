@@ -11,6 +11,7 @@ reused worker would carry the namespace on). Source: unshare(2), namespaces(7).
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -18,7 +19,14 @@ from collections.abc import Callable, Sequence
 from tdxd.errors import HostError
 from tdxd.host import mount
 
-__all__ = ["CLONE_NEWNET", "CLONE_NEWNS", "NamespaceCell", "make_cell", "make_network"]
+__all__ = [
+    "CLONE_NEWNET",
+    "CLONE_NEWNS",
+    "NamespaceCell",
+    "check_namespace",
+    "make_cell",
+    "make_network",
+]
 
 CLONE_NEWNS = 0x00020000
 CLONE_NEWNET = 0x40000000
@@ -42,6 +50,16 @@ class NamespaceCell:
         if self.mount_fd >= 0:
             os.close(self.mount_fd)
             self.mount_fd = -1
+
+
+def check_namespace(fd: int, kind: str) -> None:
+    """Check that a descriptor is one of a namespace: `mnt` or `net`.
+
+    Raises: OSError.
+    """
+    name = os.readlink(f"/proc/self/fd/{fd}")
+    if not name.startswith(f"{kind}:["):
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF), name)
 
 
 def make_network() -> int:

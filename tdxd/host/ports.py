@@ -19,6 +19,7 @@ __all__ = [
     "Child",
     "ChildSpec",
     "Children",
+    "HandedChild",
     "Host",
     "KeyServer",
     "MappedVolume",
@@ -153,6 +154,22 @@ class Child(Protocol):
         ...
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class HandedChild:
+    """A child and its cell on the way from one program to the next, over an exec.
+
+    Every field `…_fd` is a descriptor; -1: closed already. `unread` is a line not ended yet.
+    """
+
+    name: str
+    pid: int
+    pid_fd: int
+    output_fd: int
+    mount_fd: int
+    net_fd: int
+    unread: bytes
+
+
 class Children(Protocol):
     """Starts children, each in a cell."""
 
@@ -165,6 +182,18 @@ class Children(Protocol):
 
     def spawn(self, spec: ChildSpec) -> Child:
         """Start a child; call it in the main thread only. If that fails the cell is closed."""
+        ...
+
+    def hand_over(self, child: Child, cell: Cell) -> HandedChild:
+        """Return what the program after this one needs to go on with a child not awaited yet."""
+        ...
+
+    def adopt(self, handed: HandedChild) -> tuple[Child, Cell]:
+        """Go on with a child that the program before this one started.
+
+        One that ended meanwhile is adopted, too: waiting for it tells its status. If it is no
+        child of this process its descriptors are closed.
+        """
         ...
 
 

@@ -9,6 +9,7 @@ started in the main thread only. Source: prctl(2), PR_SET_PDEATHSIG.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import subprocess
@@ -19,85 +20,110 @@ import trio
 
 from tdxd.errors import HostError
 from tdxd.host import netns
-from tdxd.host.ports import Cell, Child, ChildSpec
+from tdxd.host.ports import Cell, Child, ChildSpec, HandedChild
 
-__all__ = ["CellChildren", "Process"]
+__all__ = ["CellChildren", "Process", "end_all_children", "user_ids"]
 
 _MAX_LINE_BYTES = 8192
+_UNKNOWN_STATUS = 255
+"""Somebody else reaped the child; as asyncio and trio have it."""
 _INHERITED_ENV = ("PATH", "LANG", "TZ")
 _DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 class Process:
-    """A child in its own session; implements `ports.Child`."""
+    """A child in its own session; implements `ports.Child`. It owns both descriptors.
 
-    def __init__(self, name: str, popen: subprocess.Popen[bytes]) -> None:
-        assert popen.stdout is not None
+    Started here or by the program before this one, it is awaited in the same way: by its pidfd,
+    which no other process can take over.
+    """
+
+    def __init__(
+        self, name: str, *, pid: int, pid_fd: int, output_fd: int, unread: bytes = b""
+    ) -> None:
         self.name = name
-        self._popen = popen
-        self._pidfd = os.pidfd_open(popen.pid)
-        self._output = trio.lowlevel.FdStream(os.dup(popen.stdout.fileno()))
-        popen.stdout.close()
-        self._ended = False
-
-    @property
-    def pid(self) -> int:
-        """The process id."""
-        return self._popen.pid
+        self.pid = pid
+        self._pid_fd = pid_fd
+        self._output_fd = output_fd
+        self._output = trio.lowlevel.FdStream(output_fd) if output_fd >= 0 else None
+        self._unread = unread
+        self._status: int | None = None
 
     async def wait(self) -> int:
         """Wait for its end; return the exit status, negative for a signal."""
         await self._until_ended()
-        self._reap()
-        return self._popen.wait()
+        return self._reap()
 
     async def _until_ended(self) -> None:
         """Wait for the pidfd; on a copy, since trio lets one task wait for a descriptor."""
-        if self._ended:
+        if self._status is not None:
             return
-        pidfd = os.dup(self._pidfd)
+        pid_fd = os.dup(self._pid_fd)
         try:
-            await trio.lowlevel.wait_readable(pidfd)
+            await trio.lowlevel.wait_readable(pid_fd)
         finally:
-            os.close(pidfd)
+            os.close(pid_fd)
 
-    def _reap(self) -> None:
+    def _reap(self) -> int:
         """Collect the status, and end what the child left running in its session."""
-        if not self._ended:
-            self._ended = True
+        if self._status is None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._popen.pid, signal.SIGKILL)
-            self._popen.wait()
-            os.close(self._pidfd)
+                os.killpg(self.pid, signal.SIGKILL)
+            self._status = _collect(self._pid_fd)
+            os.close(self._pid_fd)
+            self._pid_fd = -1
+        return self._status
 
     async def stop(self, timeout_s: float, *, signal: int = signal.SIGTERM) -> int:
         """Signal it, wait `timeout_s`, then SIGKILL its group; return the status."""
-        if not self._ended:
+        if self._status is None:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(self._popen.pid, signal)
+                os.kill(self.pid, signal)
             with trio.move_on_after(timeout_s):
                 await self._until_ended()
-            self.kill()
-        return self._popen.wait()
+        return self.kill()
 
-    def kill(self) -> None:
-        """End it and all of its session at once."""
-        if not self._ended:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._popen.pid, signal.SIGKILL)
-            self._reap()
+    def kill(self) -> int:
+        """End it and all of its session at once; return the status."""
+        return self._reap()
 
     async def lines(self) -> AsyncIterator[str]:
         """Yield each line of its stdout and stderr until it closes them."""
-        buffer = b""
-        async with self._output:
-            while data := await self._output.receive_some(65536):
-                *whole, buffer = (buffer + data).split(b"\n")
-                for line in whole:
-                    yield line[:_MAX_LINE_BYTES].decode(errors="replace")
-                buffer = buffer[:_MAX_LINE_BYTES]
-        if buffer:
-            yield buffer.decode(errors="replace")
+        if self._output is None:
+            return
+        try:
+            async with self._output:
+                while data := await self._output.receive_some(65536):
+                    *whole, self._unread = (self._unread + data).split(b"\n")
+                    for line in whole:
+                        yield line[:_MAX_LINE_BYTES].decode(errors="replace")
+                    self._unread = self._unread[:_MAX_LINE_BYTES]
+        finally:
+            self._output, self._output_fd = None, -1
+        if self._unread:
+            yield self._unread.decode(errors="replace")
+
+    def hand_over(self, cell: netns.NamespaceCell) -> HandedChild:
+        """Return what the program after this one needs to go on with it."""
+        return HandedChild(
+            name=self.name,
+            pid=self.pid,
+            pid_fd=self._pid_fd,
+            output_fd=self._output_fd,
+            mount_fd=cell.mount_fd,
+            net_fd=cell.net_fd,
+            unread=self._unread,
+        )
+
+
+def _collect(pid_fd: int) -> int:
+    """Wait for a child and reap it; return the exit status, negative for a signal."""
+    try:
+        ended = os.waitid(os.P_PIDFD, pid_fd, os.WEXITED)
+    except ChildProcessError:
+        return _UNKNOWN_STATUS
+    assert ended is not None  # only with WNOHANG
+    return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
 
 
 class CellChildren:
@@ -142,13 +168,82 @@ class CellChildren:
         except HostError:
             spec.cell.close()
             raise
-        return Process(spec.name, popen)
+        return _process(spec.name, popen)
+
+    def hand_over(self, child: Child, cell: Cell) -> HandedChild:
+        """Return what the program after this one needs (see `ports.Children`)."""
+        assert isinstance(child, Process)
+        assert isinstance(cell, netns.NamespaceCell)
+        return child.hand_over(cell)
+
+    def adopt(self, handed: HandedChild) -> tuple[Child, Cell]:
+        """Go on with a child of the program before this one (see `ports.Children`).
+
+        Raises: HostError.
+        """
+        try:
+            netns.check_namespace(handed.net_fd, "net")
+            self._net_fd = handed.net_fd  # shared: kept whatever becomes of this child
+            netns.check_namespace(handed.mount_fd, "mnt")
+            _check_child(handed)
+        except OSError as exc:
+            for fd in {handed.pid_fd, handed.output_fd, handed.mount_fd}:
+                with contextlib.suppress(OSError):
+                    os.close(fd)
+            raise HostError.of("adopt", f"{handed.name} {handed.pid}", exc) from exc
+        process = Process(
+            handed.name,
+            pid=handed.pid,
+            pid_fd=handed.pid_fd,
+            output_fd=handed.output_fd,
+            unread=handed.unread,
+        )
+        return process, netns.NamespaceCell(handed.mount_fd, handed.net_fd)
 
     def close(self) -> None:
         """Let go of the shared network namespace; harmless when repeated."""
         if self._net_fd >= 0:
             os.close(self._net_fd)
             self._net_fd = -1
+
+
+def _process(name: str, popen: subprocess.Popen[bytes]) -> Process:
+    """Take a child over from the module that started it."""
+    assert popen.stdout is not None
+    output_fd = os.dup(popen.stdout.fileno())
+    popen.stdout.close()
+    # Its end is ours to collect: as with asyncio, the module must not wait for it, too.
+    popen.returncode = 0
+    pid_fd = os.pidfd_open(popen.pid)
+    return Process(name, pid=popen.pid, pid_fd=pid_fd, output_fd=output_fd)
+
+
+def _check_child(handed: HandedChild) -> None:
+    """Check that the pidfd is one of a child of ours, running or not reaped, with that pid.
+
+    Raises: OSError.
+    """
+    os.waitid(os.P_PIDFD, handed.pid_fd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    with open(f"/proc/self/fdinfo/{handed.pid_fd}", encoding="ascii") as lines:
+        fields = dict(line.split(":", 1) for line in lines)
+    if int(fields.get("Pid", "-1")) != handed.pid:
+        raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
+
+
+def end_all_children() -> None:
+    """Kill every child of this process with its session, and reap it.
+
+    Source: proc(5), /proc/pid/task/tid/children.
+    """
+    for task in os.listdir("/proc/self/task"):
+        with open(f"/proc/self/task/{task}/children", encoding="ascii") as file:
+            pids = [int(pid) for pid in file.read().split()]
+        for pid in pids:
+            for kill in (os.killpg, os.kill):
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, 0)
 
 
 def _enter(mount_fd: int, net_fd: int) -> list[str]:

@@ -55,7 +55,14 @@ def unix_channel(path: str, *, max_bytes: int = 4 * 2**20) -> grpc.Channel:
     """Open a channel to a Unix socket; connects at the first call."""
     import grpc
 
-    options = [*_options(max_bytes), ("grpc.default_authority", "localhost")]
+    options = [
+        *_options(max_bytes),
+        ("grpc.default_authority", "localhost"),
+        # A server that takes a minute to listen is found at once then, not up to a minute later.
+        ("grpc.initial_reconnect_backoff_ms", 200),
+        ("grpc.min_reconnect_backoff_ms", 200),
+        ("grpc.max_reconnect_backoff_ms", 500),
+    ]
     return grpc.insecure_channel(f"unix:{path}", options=options)
 
 

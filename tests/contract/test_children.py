@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from pathlib import Path
 
 import pytest
 import trio
+import trio.lowlevel
 
 from tdxd.errors import HostError
 from tdxd.host import mount, netns, proc
-from tdxd.host.ports import ChildSpec
+from tdxd.host.ports import Child, ChildSpec, HandedChild
 
 pytestmark = pytest.mark.root
 
@@ -164,10 +167,9 @@ async def test_stop_ends_what_ignores_the_signal_and_its_children(
             grandchild = int(line)
             break
     assert await child.stop(0.2) == -9
-    with trio.fail_after(5):
-        while Path(f"/proc/{grandchild}/cmdline").exists():
-            if "Z" in Path(f"/proc/{grandchild}/stat").read_text().split(")")[1]:
-                break
+    # Its parent is gone: who adopted it reaps it, at once or never.
+    with trio.fail_after(5), suppress(FileNotFoundError, ProcessLookupError):
+        while "Z" not in Path(f"/proc/{grandchild}/stat").read_text().split(")")[1]:
             await trio.sleep(0.02)
     cell.close()
 
@@ -178,7 +180,7 @@ async def test_a_child_dies_with_the_daemon(tmp_path) -> None:
 import sys, os, trio
 sys.path.insert(0, {str(root)!r})
 from tdxd.host import proc
-from tdxd.host.ports import ChildSpec
+from tdxd.host.ports import Child, ChildSpec, HandedChild
 async def main():
     children = proc.CellChildren()
     cell = children.make_cell(hide={str(tmp_path)!r}, binds=[])
@@ -250,3 +252,172 @@ async def test_several_tasks_may_wait_while_another_stops_it(children, runtime) 
         pass
     cell.close()
     assert statuses == [-15] * 3
+
+
+# --- over an exec: the next program is another object in the same process here ----------
+
+
+def spawned(
+    children: proc.CellChildren, runtime: Path, *command: str
+) -> tuple[proc.Process, netns.NamespaceCell]:
+    cell = children.make_cell(hide=str(runtime), binds=[])
+    spec = ChildSpec(name="test", argv=command, user="nobody", cell=cell)
+    child = children.spawn(spec)
+    assert isinstance(child, proc.Process)
+    assert isinstance(cell, netns.NamespaceCell)
+    return child, cell
+
+
+def handed_over(
+    children: proc.CellChildren, child: proc.Process, cell: netns.NamespaceCell
+) -> HandedChild:
+    """What is handed over, with descriptors of its own, as if these were another program's."""
+    handed = children.hand_over(child, cell)
+    copied = dataclasses.replace(
+        handed,
+        pid_fd=os.dup(handed.pid_fd),
+        output_fd=os.dup(handed.output_fd),
+        mount_fd=os.dup(handed.mount_fd),
+        net_fd=os.dup(handed.net_fd),
+    )
+    cell.close()
+    return copied
+
+
+@pytest.fixture
+def successors() -> Iterator[proc.CellChildren]:
+    """The next program's children."""
+    made = proc.CellChildren()
+    yield made
+    made.close()
+
+
+async def collect(child: Child, lines: list[str]) -> None:
+    lines += [line async for line in child.lines()]
+
+
+async def test_an_adopted_child_is_as_good_as_an_own(
+    children, runtime, successors
+) -> None:
+    """Its output goes on in the middle of a line, it can be stopped, its status is told."""
+    code = (
+        "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(7));"
+        "print('half', end='', flush=True); time.sleep(1);"
+        "print(' a line', flush=True); time.sleep(60)"
+    )
+    child, cell = spawned(children, runtime, *argv(code))
+    with trio.fail_after(20):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(collect, child, [])
+            while children.hand_over(child, cell).unread != b"half":
+                await trio.sleep(0.01)
+            handed = handed_over(children, child, cell)
+            nursery.cancel_scope.cancel()
+        adopted, its_cell = successors.adopt(handed)
+        lines: list[str] = []
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(collect, adopted, lines)
+            await trio.sleep(1.2)
+            assert await adopted.stop(5) == 7
+    assert lines == ["half a line"]
+    assert (adopted.pid, await adopted.wait()) == (child.pid, 7)
+    its_cell.close()
+
+
+@pytest.mark.parametrize(("end", "status"), [("sys.exit(3)", 3), ("os.abort()", -6)])
+async def test_one_that_ended_meanwhile_tells_its_status(
+    children, runtime, successors, end: str, status: int
+) -> None:
+    code = f"import os, sys; print('last words', flush=True); {end}"
+    child, cell = spawned(children, runtime, *argv(code))
+    with trio.fail_after(20):
+        pid_fd = os.dup(children.hand_over(child, cell).pid_fd)
+        await trio.lowlevel.wait_readable(pid_fd)
+        os.close(pid_fd)
+        adopted, its_cell = successors.adopt(handed_over(children, child, cell))
+        assert await adopted.wait() == status
+        assert [line async for line in adopted.lines()] == ["last words"]
+    its_cell.close()
+
+
+async def test_new_cells_share_the_network_that_was_handed_over(
+    children, runtime, successors
+) -> None:
+    child, cell = spawned(children, runtime, "sleep", "60")
+    adopted, its_cell = successors.adopt(handed_over(children, child, cell))
+    other, other_cell = spawned(successors, runtime, "sleep", "60")
+    with trio.fail_after(10):
+        while os.readlink(f"/proc/{other.pid}/ns/net") != os.readlink(
+            f"/proc/{adopted.pid}/ns/net"
+        ):
+            await trio.sleep(0.01)
+    for one in (adopted, other):
+        await one.stop(5)
+        async for _line in one.lines():
+            pass
+    its_cell.close()
+    other_cell.close()
+
+
+@pytest.mark.parametrize(
+    "wrong", ["a stranger", "no pidfd", "another pid", "no namespace", "closed"]
+)
+async def test_what_is_no_child_of_ours_is_refused(
+    children, runtime, successors, wrong: str
+) -> None:
+    """Its descriptors are closed, nothing is signalled."""
+    child, cell = spawned(children, runtime, "sleep", "60")
+    handed = handed_over(children, child, cell)
+    names = ("pid_fd", "output_fd", "mount_fd")
+    match wrong:
+        case "a stranger":
+            stranger = os.pidfd_open(os.getppid())
+            os.dup2(stranger, handed.pid_fd)
+            os.close(stranger)
+        case "no pidfd":
+            os.dup2(0, handed.pid_fd)
+        case "another pid":
+            handed = dataclasses.replace(handed, pid=handed.pid + 1)
+        case "no namespace":
+            os.dup2(0, handed.mount_fd)
+        case "closed":
+            for name in names:
+                os.close(getattr(handed, name))
+    with pytest.raises(HostError, match="adopt test"):
+        successors.adopt(handed)
+    for name in names:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(getattr(handed, name))
+    assert Path(f"/proc/{child.pid}").exists()
+    assert await child.stop(5) == -15
+    async for _line in child.lines():
+        pass
+
+
+def test_all_children_can_be_ended(tmp_path: Path) -> None:
+    """With all of their sessions; those of a program whose state nobody knows."""
+    root = Path(netns.__file__).parents[2]
+    code = f"""
+import subprocess, sys
+sys.path.insert(0, {str(root)!r})
+from tdxd.host import proc
+session = "sleep 60 & sleep 60 & wait"
+for _ in range(3):
+    subprocess.Popen(["sh", "-c", session], start_new_session=True)
+subprocess.Popen(["true"])
+one = subprocess.Popen(["sh", "-c", "sleep 60 & echo $!; wait"], start_new_session=True,
+                       stdout=subprocess.PIPE)
+grandchild = int(one.stdout.readline())
+proc.end_all_children()
+print(grandchild, *[line for task in [sys.argv[0]] for line in
+      open("/proc/thread-self/children").read().split()])
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=20,
+    )
+    (grandchild,) = done.stdout.split()  # no child is left
+    assert not Path(f"/proc/{grandchild}/exe").exists()

@@ -17,7 +17,8 @@ import trio
 
 from tdxd.core.config import Address, ServingConfig
 from tdxd.errors import HostError
-from tdxd.guest.front import Front, listen_tcp, start_front
+from tdxd.guest.front import Front, start_front
+from tdxd.guest.listener import listen_tcp
 from tdxd.host import proc
 from tdxd.host.ports import Host
 from tests.certificates import self_signed

@@ -24,7 +24,7 @@ from tdxd.errors import (
 )
 from tdxd.guest.daemon import Daemon
 from tdxd.guest.events import Events
-from tests.fakes import FakeMapper, FakeMounts, fake_host, make_bundle
+from tests.fakes import FakeMapper, FakeMounts, FakeSuccessor, fake_host, make_bundle
 
 KEY = "ed25519:" + "A" * 43 + "="
 
@@ -54,6 +54,7 @@ class World:
         self.directory = directory
         self.server = Server()
         self.host = fake_host()
+        self.successor = FakeSuccessor()
         self.mapper: FakeMapper = self.host.mapper  # type: ignore[assignment]
         self.mounts: FakeMounts = self.host.mounts  # type: ignore[assignment]
         self.config = self.make_config("model")
@@ -82,6 +83,7 @@ class World:
                 config=self.config,
                 load_config=lambda: self.config,
                 fetch=self.server.fetch,
+                successor=self.successor,
                 events=Events(),
                 nursery=nursery,
             )

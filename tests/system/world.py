@@ -31,14 +31,14 @@ def free_port() -> int:
 
 
 def our_loops() -> list[str]:
-    """Loop devices of tdxd, by the name of their backing memory file."""
+    """Loop devices of this world's volumes, by the name of their backing memory file."""
     found = []
     for path in Path("/sys/block").glob("loop*/loop/backing_file"):
         try:
             text = path.read_text()
         except OSError:
             continue
-        if "tdxd:" in text:
+        if any(f"tdxd:{name}:" in text for name in ("m", "other")):
             found.append(path.parent.parent.name)
     return found
 
@@ -100,6 +100,13 @@ class Daemon:
     def ctl(self, *args: object, **more: Any) -> subprocess.CompletedProcess[str]:
         return program("tdxctl", "--socket", self.socket_path, *args, **more)
 
+    def reexec(self) -> dict[str, Any]:
+        """Have the program replaced; return what tdxctl says."""
+        done = self.ctl("reexec", "--json")
+        assert done.returncode == 0, done.stderr + self.log.read_text()[-2000:]
+        shown: dict[str, Any] = json.loads(done.stdout)
+        return shown
+
     def status(self) -> dict[str, Any]:
         shown: dict[str, Any] = json.loads(self.ctl("status", "--json").stdout)
         return shown
@@ -148,6 +155,24 @@ class World:
 
     # --- the owner's side ---
 
+    def make_saved_model(self) -> None:
+        """Make a model, in a process of its own: that imports TensorFlow."""
+        subprocess.run(
+            [sys.executable, ROOT / "tests/system/make_model.py", self.saved_model],
+            check=True,
+            capture_output=True,
+            env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
+        )
+
+    @property
+    def saved_model(self) -> Path:
+        return self.directory / "saved_model"
+
+    def make_certificate(self, name: str) -> None:
+        """Make the front's certificate and key, `server.pem`, and its CA, `ca.pem`."""
+        files = ("-o", self.directory / "server.pem")
+        ok("tdx-seal", "cert", name, *files, "--cert-out", self.directory / "ca.pem")
+
     def seal(
         self, source: Path, name: str, *, generation: int, volume_id: str = "m"
     ) -> Path:
@@ -169,22 +194,28 @@ class World:
         directory = self.directory / name
         target = directory / "models" / "line"
         target.mkdir(parents=True)
-        shutil.copytree(self.directory / "saved_model", target / version)
+        shutil.copytree(self.saved_model, target / version)
         (directory / "tls").mkdir()
         shutil.copy(self.directory / "server.pem", directory / "tls" / "server.pem")
         return directory
 
+    def allow(self, *names: str) -> None:
+        """Give bundles to the key server, for this platform alone."""
+        policy = self.directory / "policy.toml"
+        policy.write_text(ok("tdx-sim", "measurements", self.directory / "sim"))
+        for name in names:
+            bundle = self.directory / f"{name}.bundle"
+            ok("tdx-keyd", "add", self.directory / "keys", bundle, "--policy", policy)
+
     @contextmanager
-    def simulator(self, name: str = "sim") -> Iterator[None]:
-        """Run the platform; its device below `NAME-mnt`."""
+    def simulator(self, name: str = "sim", *, device: bool = True) -> Iterator[None]:
+        """Run the platform; its device below `NAME-mnt`, or its PCCS alone."""
         mount = self.directory / f"{name}-mnt"
         mount.mkdir(exist_ok=True)
-        platform = self.directory / name
-        args = ("run", platform, "--mount", mount, "--pccs", "127.0.0.1:0")
-        with background("tdx-sim", *args, log=self.directory / "sim.log") as (
-            _process,
-            line,
-        ):
+        what = ("--mount", mount) if device else ("--pccs-only",)
+        args = ("run", self.directory / name, "--pccs", "127.0.0.1:0", *what)
+        log = self.directory / "sim.log"
+        with background("tdx-sim", *args, log=log) as (_process, line):
             self.sim_ready = dict(word.split("=", 1) for word in line.split()[1:])
             yield
 
@@ -197,7 +228,9 @@ class World:
         ):
             yield process
 
-    def init_key_server(self, store: str = "keys") -> dict[str, Any]:
+    def init_key_server(
+        self, store: str = "keys", *, name: str = "localhost"
+    ) -> dict[str, Any]:
         root = ok("tdx-sim", "root", self.directory / "sim", "--der").strip()
         args = [
             *("--listen", f"127.0.0.1:{self.port}", "--simulated-root", root),
@@ -209,7 +242,7 @@ class World:
             self.directory / store,
             "--json",
             "--name",
-            "localhost",
+            name,
             *args,
         )
         pin: dict[str, Any] = json.loads(text)
@@ -237,7 +270,12 @@ class World:
 
     @contextmanager
     def daemon(
-        self, *, env: dict[str, str] | None = None, killed: bool = False, **changes: Any
+        self,
+        *,
+        env: dict[str, str] | None = None,
+        killed: bool = False,
+        program: Path = BIN / "tdxd",
+        **changes: Any,
     ) -> Iterator[Daemon]:
         """Run tdxd; at the end nothing of it may be left."""
         run = Path("/run") / f"tdxd-system-{os.getpid()}"
@@ -247,7 +285,7 @@ class World:
         path.write_text(toml(tables))
         log = self.directory / "tdxd.log"
         with log.open("w") as output:
-            argv = [str(BIN / "tdxd"), "--config", str(path)]
+            argv = [str(program), "--config", str(path)]
             process = subprocess.Popen(
                 argv, stderr=output, env={**os.environ, **(env or {})}
             )
