@@ -73,6 +73,8 @@ class VolumeReconciler:
         self._in_use = in_use
         self._bundle: KeyBundle | None = None
         self._stuck_until_s: float | None = None
+        self._network_news = False
+        """Whether a network came up since the last attempt began."""
         self._stop_work = threading.Event()
         self._work: trio.CancelScope | None = None
         self._doubted = False
@@ -135,7 +137,8 @@ class VolumeReconciler:
         self._changes.ring()
 
     def network_came_up(self) -> None:
-        """Try again at once if the last failure was one that a network mends."""
+        """Try again at once what a network mends: the last failure, or the attempt under way."""
+        self._network_news = True
         if self.failure is not None and self.failure.error.retry is Retry.BACKOFF:
             self.failure = None
             self._changes.ring()
@@ -256,6 +259,8 @@ class VolumeReconciler:
         self._log_failure("volume.failed", error, attempts=attempts)
 
     def _pause_s(self, error: TdxdError, attempts: int) -> float:
+        if self._network_news and error.retry is Retry.BACKOFF:
+            return 0.0
         if error.retry is Retry.SLOW:
             return self._release.denied_retry_s * (1 + 2 * clock.jitter())
         ceiling_s = self._release.backoff_max_s
@@ -268,6 +273,7 @@ class VolumeReconciler:
     # --- the actions ---
 
     async def _attest(self) -> None:
+        self._network_news = False
         with trio.CancelScope() as self._work:
             self._bundle = await self._attester.bundle(self.spec.id)
         self._work = None

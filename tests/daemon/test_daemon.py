@@ -306,6 +306,38 @@ async def test_a_new_route_ends_the_backoff(world: World) -> None:
         await daemon.until(state(daemon, VolumeState.MOUNTED))
 
 
+@dataclasses.dataclass
+class WithoutNetwork(Server):
+    """Its first exchange, once `begun`, lasts until `ended`, and fails."""
+
+    begun: trio.Event = dataclasses.field(default_factory=trio.Event)
+    ended: trio.Event = dataclasses.field(default_factory=trio.Event)
+
+    async def fetch(self, config: Config, ids: tuple[str, ...]):
+        if self.asked:
+            return await super().fetch(config, ids)
+        self.asked.append(ids)
+        self.begun.set()
+        await self.ended.wait()
+        raise UnreachableError("no route")
+
+
+async def test_a_network_that_came_up_during_an_attempt_is_used_at_once(
+    world: World,
+) -> None:
+    """The attempt under way began without it: when it fails, there is no wait."""
+    world.image()
+    world.server = server = WithoutNetwork()
+    async with world.daemon() as daemon:
+        await server.begun.wait()
+        daemon.network_came_up()
+        server.ended.set()
+        await daemon.until(state(daemon, VolumeState.MOUNTED))
+        seen = [str(one["event"]) for one in daemon.events.after(0)]
+        assert "volume.failed" in seen
+        assert "volume.backoff" not in seen
+
+
 async def test_a_busy_mount_is_closed_when_it_becomes_free(world: World) -> None:
     world.image()
     async with world.daemon() as daemon:
