@@ -5,7 +5,7 @@ PY := $(BIN)/python
 SOURCES := $(shell find tdxd -name '*.py' -o -name '*.proto')
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: demo check test bench lint fuzz deb setup clean
+.PHONY: demo check test test-guest bench lint fuzz deb guest setup clean
 
 demo: $(VENV)/.installed
 	$(PY) contrib/demo/demo.py
@@ -15,14 +15,18 @@ demo: $(VENV)/.installed
 # Coverage is of this process only: programs that the tests start are not followed yet.
 test: lint
 	rm -f .coverage .coverage.*
-	$(PY) -m coverage run -m pytest -m "not tensorflow"
-	$(PY) -m coverage run -m pytest -m tensorflow
+	$(PY) -m coverage run -m pytest -m "not tensorflow and not guest"
+	$(PY) -m coverage run -m pytest -m "tensorflow and not guest"
 	$(PY) -m coverage combine --quiet
 	$(PY) -m coverage report --skip-covered --fail-under=75
 
+# What needs a real kernel and systemd: boots a virtual machine, one at a time, in software emulation.
+test-guest: deb
+	$(PY) -m pytest -m guest tests/guest
+
 # The fast subset, for the inner loop.
 check: lint
-	$(PY) -m pytest -q -m "not tensorflow and not slow"
+	$(PY) -m pytest -q -m "not tensorflow and not slow and not guest"
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check
@@ -39,6 +43,10 @@ fuzz: $(VENV)/.installed
 # The Debian packages, in build/deb. VERSION=X gives them another version.
 deb: $(VENV)/.installed
 	PYTHON=$(PY) contrib/deb/build $(if $(VERSION),--version $(VERSION))
+
+# What the guest tests boot, below .cache/guest.
+guest: deb
+	$(PY) -m contrib.guest.build_image
 
 setup: $(VENV)/.installed
 

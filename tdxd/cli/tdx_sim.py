@@ -16,12 +16,15 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tdxd.cli.boundary import Parser, run
 from tdxd.core.quote import td_attribute_names
 from tdxd.errors import EX_OK, EX_TEMPFAIL, HostError, UsageError
-from tdxd.sim.pccs import PccsServer
 from tdxd.sim.platform import SimPlatform
+
+if TYPE_CHECKING:
+    from tdxd.sim.pccs import PccsServer
 
 __all__ = ["main"]
 
@@ -152,7 +155,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     words = ["ready"]
     with contextlib.ExitStack() as stack:
         if not arguments.device_only:
-            server = PccsServer(platform, *_address(arguments.pccs))
+            server = _pccs(platform, arguments.pccs)
             stack.callback(server.close)
             words.append(f"pccs={server.url}")
         return _serve_device(platform, arguments.mount.absolute(), words)
@@ -162,11 +165,18 @@ def _serve_pccs(platform: SimPlatform, address: str) -> int:
     # Blocked before the server's threads start: they inherit it, and only sigwait takes a signal.
     signals = {signal.SIGTERM, signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    server = PccsServer(platform, *_address(address))
+    server = _pccs(platform, address)
     print("ready", f"pccs={server.url}", flush=True)
     signal.sigwait(signals)
     server.close()
     return EX_OK
+
+
+def _pccs(platform: SimPlatform, address: str) -> PccsServer:
+    # An HTTP server, which the device alone starts without.
+    from tdxd.sim.pccs import PccsServer
+
+    return PccsServer(platform, *_address(address))
 
 
 def _serve_device(platform: SimPlatform, mount_point: Path, words: list[str]) -> int:

@@ -9,23 +9,21 @@ import re
 import signal
 import socket
 import subprocess
-import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
-import numpy as np
 import pytest
 
 from tdxd.core import wire
 from tdxd.guest.handover import State, decode_state
-from tdxd.host import tf_messages
-from tdxd.user.endpoint import Endpoint, open_channel
-from tdxd.user.infer import Model, encode_request, predict
+from tdxd.user.endpoint import Endpoint
+from tdxd.user.infer import Model, predict
 from tests.system.test_service import Manager
+from tests.system.users import ANSWER, INPUT, Users
 from tests.system.world import (
     BIN,
     Daemon,
@@ -40,71 +38,10 @@ from tests.system.world import (
 pytestmark = [pytest.mark.root, pytest.mark.slow]
 
 RUN = Path("/run") / f"tdxd-system-{os.getpid()}"
-INPUT = np.array([[1, 2, 3, 4]], dtype=np.float32)
-ANSWER = [[3, 5, 7, 9]]
 
 
 def serving(port: int) -> dict[str, Any]:
     return {"listen": f"127.0.0.1:{port}", "user": "nobody", "drain_timeout_s": 1}
-
-
-class Users:
-    """Users who call without a pause: on a kept connection, on new ones, and health probes."""
-
-    def __init__(self, world: World, port: int, health: int) -> None:
-        ca = (world.directory / "ca.pem").read_bytes()
-        self.endpoint = Endpoint(address=f"localhost:{port}", ca_pem=ca, timeout_s=20)
-        self.health = f"http://127.0.0.1:{health}"
-        self.answers = dict.fromkeys(("kept", "fresh", "probe"), 0)
-        self.failures: list[str] = []
-        self._end = threading.Event()
-
-    def __enter__(self) -> Self:
-        kinds = {"kept": self.kept, "fresh": self.fresh, "probe": self.probe}
-        self.threads = [
-            threading.Thread(target=self.loop, args=(kind, call))
-            for kind, call in kinds.items()
-        ]
-        for thread in self.threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._end.set()
-        for thread in self.threads:
-            thread.join(60)
-
-    def loop(self, kind: str, call: Any) -> None:
-        with open_channel(self.endpoint) as channel:
-            while not self._end.is_set():
-                try:
-                    call(channel)
-                except Exception as exc:  # noqa: BLE001 — each failure is what is counted
-                    self.failures.append(f"{kind}: {exc!r}")
-                else:
-                    self.answers[kind] += 1
-                time.sleep(0.002)
-
-    def kept(self, channel: Any) -> None:
-        request = encode_request(Model(name="line"), {"x": INPUT})
-        channel.unary_unary(tf_messages.PREDICT_METHOD)(request, timeout=20)
-
-    def fresh(self, _channel: Any) -> None:
-        answer = predict(self.endpoint, Model(name="line"), {"x": INPUT})
-        assert answer.outputs["y"].tolist() == ANSWER
-
-    def probe(self, _channel: Any) -> None:
-        for path in ("livez", "readyz"):
-            with urllib.request.urlopen(f"{self.health}/{path}", timeout=10) as reply:
-                assert reply.status == 200
-
-    def more(self, count: int = 5) -> None:
-        """Wait until each has that many answers more."""
-        before = dict(self.answers)
-        wait_for(
-            lambda: all(self.answers[one] >= before[one] + count for one in before),
-            f"answers: {self.answers} {self.failures[:3]}",
-        )
 
 
 def parts(daemon: Daemon) -> dict[str, Any]:
@@ -152,7 +89,8 @@ def test_nothing_that_runs_notices(world: World) -> None:
         world.daemon(serving=serving(port), health=listen) as daemon,
     ):
         assert daemon.ctl("wait", "--timeout", "150").returncode == 0
-        with Users(world, port, health) as users:
+        ca = world.directory / "ca.pem"
+        with Users(ca, port=port, health=health, name="localhost") as users:
             users.more()
             before = parts(daemon)
             took_s = []

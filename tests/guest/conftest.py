@@ -1,0 +1,217 @@
+"""One guest at a time, its world, and what it said when a test fails."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from contrib.guest.build_image import GuestImage, build_image, built_packages
+from contrib.guest.disks import make_ext4
+from tests.guest.disk import Disk
+from tests.guest.machine import Machine
+from tests.guest.observed import Observed
+from tests.guest.world import GuestWorld, made_world
+from tests.system.world import ROOT
+
+LOGS = ROOT / "build" / "guest-logs"
+NEWER = "0.1.1"
+"""Version of the package that the guest is upgraded to."""
+
+
+class Slot:
+    """The place for the one guest that may run."""
+
+    def __init__(self, directory: Path, image: GuestImage) -> None:
+        self.directory, self.image = directory, image
+        self.machine: Machine | None = None
+        self._shared_as: str | None = None
+        self._count = 0
+
+    def fresh(self, *disks: Disk, **options: Any) -> Machine:
+        """Take away the machine before, and set up another, switched off."""
+        self.clear()
+        tools = Disk(name="tools", path=self.image.tools, read_only=True)
+        self._count += 1
+        place = self.directory / f"machine-{self._count}"
+        self.machine = Machine(place, self.image, disks=(tools, *disks), **options)
+        return self.machine
+
+    def shared(self, name: str, make: Callable[[], Machine]) -> Machine:
+        """Take the running machine of this name, or make it."""
+        if self._shared_as != name or self.machine is None or not self.machine.running:
+            machine = make()
+            machine.boot()
+            self._shared_as = name
+            return machine
+        return self.machine
+
+    def clear(self) -> None:
+        if self.machine is not None:
+            self.machine.close()
+        self.machine = self._shared_as = None
+
+
+@pytest.fixture(scope="session")
+def guest_directory() -> Iterator[Path]:
+    """A short path: those of sockets have 108 bytes at most."""
+    place = Path("/var/tmp")
+    for left in place.glob("tdxd-guest-*"):  # by a run that was killed
+        if not Path("/proc", left.name.rpartition("-")[2]).exists():
+            shutil.rmtree(left)
+    directory = place / f"tdxd-guest-{os.getpid()}"
+    directory.mkdir()
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory)
+
+
+@pytest.fixture(scope="session")
+def guest_image() -> GuestImage:
+    """The guest with the packages that `make deb` made."""
+    return build_image(built_packages())
+
+
+@pytest.fixture(scope="session")
+def world(guest_directory: Path) -> Iterator[GuestWorld]:
+    with made_world(guest_directory / "world") as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def slot(guest_directory: Path, guest_image: GuestImage) -> Iterator[Slot]:
+    made = Slot(guest_directory, guest_image)
+    try:
+        yield made
+    finally:
+        made.clear()
+
+
+@pytest.fixture
+def bare(slot: Slot) -> Machine:
+    """A running guest without platform and configuration, shared by the tests that ask for it."""
+
+    def make() -> Machine:
+        tree = slot.directory / "bare.d"
+        tree.mkdir()
+        (tree / "victim").write_bytes(b"abcdefg\n" * 12500)
+        disk = Disk(name="delivery", path=slot.directory / "bare.raw")
+        make_ext4(tree, disk.path, label="delivery", spare_bytes=256 * 2**20)
+        shutil.rmtree(tree)
+        return slot.fresh(
+            disk, append="systemd.mask=tdxd.socket systemd.mask=tdxd.service"
+        )
+
+    return slot.shared("bare", make)
+
+
+@pytest.fixture(scope="session")
+def keys(world: GuestWorld) -> Iterator[None]:
+    """The key server; whether a guest reaches it is the machine's `route_keys_to`."""
+    with world.key_server():
+        yield
+
+
+@pytest.fixture(scope="session")
+def newer(guest_directory: Path) -> Path:
+    """A directory with a newer package of the daemon, to be delivered with the image."""
+    directory = guest_directory / "newer"
+    build = [
+        "contrib/deb/build",
+        "--version",
+        NEWER,
+        "--output",
+        str(directory),
+        "tdxd",
+    ]
+    subprocess.run(
+        build, check=True, cwd=ROOT, env={**os.environ, "PYTHON": sys.executable}
+    )
+    return directory
+
+
+@pytest.fixture
+def served(slot: Slot, world: GuestWorld, keys: None, newer: Path) -> Observed:
+    """The guest that serves, shared by the tests that leave it so."""
+
+    def make() -> Machine:
+        machine = slot.fresh(world.delivery(more=newer))
+        machine.route_keys_to(world.port)
+        return machine
+
+    observed = Observed(slot.shared("served", make), world)
+    observed.until_serving()
+    return observed
+
+
+class Boots:
+    """Makes guests for tests that take the power away; each is switched off at first."""
+
+    def __init__(self, slot: Slot, world: GuestWorld) -> None:
+        self._slot, self._world = slot, world
+
+    def guest(
+        self,
+        *,
+        serving: bool = False,
+        clock: str = "utc",
+        backoff_max_s: float = 2.0,
+        **delivered: Any,
+    ) -> Observed:
+        """Set up a guest; without `serving` it only opens its volume.
+
+        `clock` is what the machine's own clock says at power on.
+        """
+        tables = self._world.config()
+        tables["key_release"]["backoff_max_s"] = backoff_max_s
+        if not serving:
+            tables["serving"] = None
+        machine = self._slot.fresh(
+            self._world.delivery(**delivered, **tables),
+            options=("-rtc", f"base={clock}"),
+        )
+        return Observed(machine, self._world)
+
+
+@pytest.fixture
+def boots(slot: Slot, world: GuestWorld, keys: None) -> Boots:
+    return Boots(slot, world)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, Any, Any]:
+    """Keep the serial log and the journal of a guest in which a test failed."""
+    report: Any = yield
+    slot = getattr(item, "funcargs", {}).get("slot")
+    if report.failed and slot is not None and slot.machine is not None:
+        name = "".join(one if one.isalnum() else "-" for one in item.name)
+        LOGS.mkdir(parents=True, exist_ok=True)
+        report.sections += [
+            ("guest console", slot.machine.serial_tail()),
+            ("guest journal", _journal(slot.machine, LOGS / f"{name}.journal")),
+        ]
+        with contextlib.suppress(FileNotFoundError):
+            shutil.copy(slot.machine.serial_log, LOGS / f"{name}.serial")
+    return report
+
+
+def _journal(machine: Machine, kept: Path) -> str:
+    """Return the end of the journal, if the guest still tells it; all of it goes to a file."""
+    if not machine.running:
+        return "the guest is off"
+    try:
+        text = machine.output("journalctl -q --no-pager -o short-monotonic -b")
+    except Exception as exc:  # noqa: BLE001  # a report of a failure must not fail
+        return f"{exc!r}"
+    kept.write_text(text)
+    return "\n".join(text.splitlines()[-80:])

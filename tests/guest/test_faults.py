@@ -1,0 +1,121 @@
+"""What goes wrong in a running guest, one fault a test; each finds it serving and leaves it so."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from tests.guest.observed import Observed
+
+pytestmark = [pytest.mark.guest]
+
+PAYLOAD_BYTE = 16 * 2**20 + 4096
+
+
+def test_a_killed_daemon_is_swept_and_serves_again(served: Observed) -> None:
+    before, old = served.holdings(), served.main_pid()
+    attested = len(served.events("volume.attesting"))
+    killed = time.monotonic()
+    served.machine.run(f"kill -9 {old}")
+    served.until_pid_changes(old)
+    served.until_serving()
+    print(f"gap after kill -9 of tdxd: {time.monotonic() - killed:.1f} s")
+    served.predict_ok()
+    assert len(served.events("volume.attesting")) > attested
+    after = served.holdings()
+    assert (after.counts(), after.networks) == (before.counts(), before.networks)
+    assert not set(after.children) & set(before.children)
+
+
+def test_a_killed_model_server_is_started_again(served: Observed) -> None:
+    old = served.server_pid()
+    served.machine.run(f"kill -9 {old}")
+    served.until(lambda: served.server_pid() not in (None, old), "a new model server")
+    served.until_serving()
+    served.predict_ok()
+
+
+def test_a_killed_front_is_started_again(served: Observed) -> None:
+    old = served.serving()["front_pid"]
+    served.machine.run(f"kill -9 {old}")
+    served.until(
+        lambda: served.serving().get("front_pid") not in (None, old), "a new front"
+    )
+    served.until_serving()
+    served.predict_ok()
+
+
+def test_a_stopped_daemon_is_restarted_by_the_watchdog(served: Observed) -> None:
+    old = served.main_pid()
+    served.machine.run(f"kill -STOP {old}")
+    served.until_pid_changes(old, timeout_s=120)
+    served.until_serving()
+    served.predict_ok()
+    assert "Watchdog timeout" in served.said()
+
+
+def test_a_full_disk_does_not_matter(served: Observed) -> None:
+    """Nothing of the daemon's state is on a disk."""
+    served.machine.run(
+        "cat /dev/zero > /var/lib/full 2>/dev/null; sync", check=False, timeout_s=120
+    )
+    try:
+        assert served.machine.run("echo x > /var/lib/more", check=False).code != 0
+        served.restart()
+        served.predict_ok()
+    finally:
+        served.machine.run("rm -f /var/lib/full /var/lib/more")
+
+
+def test_swap_is_refused_with_the_reason(served: Observed) -> None:
+    """The daemon asks for no key, ends with 78, and is not started again."""
+    served.machine.run("systemctl stop tdxd.service", timeout_s=90)
+    try:
+        served.machine.run(
+            "dd if=/dev/zero of=/swap bs=1M count=16 status=none && chmod 600 /swap && "
+            "mkswap -q /swap && swapon /swap"
+        )
+        assert served.machine.run("systemctl start tdxd.service", check=False).code != 0
+        status = served.machine.output("systemctl show -P ExecMainStatus tdxd.service")
+        assert status == "78"
+        time.sleep(5)
+        assert served.machine.run("systemctl is-active tdxd.service", check=False).code
+        words = "this machine swaps to /swap: keys and models could land there"
+        assert words in served.said()
+    finally:
+        served.machine.run("swapoff /swap; rm -f /swap")
+        served.restart()
+
+
+@contextmanager
+def flipped_byte(served: Observed) -> Iterator[None]:
+    """Change the image on the host's side of the disk, then change it back."""
+    disk = served.machine.disk("delivery")
+    disk.flip("/models/m.img", PAYLOAD_BYTE)
+    try:
+        yield
+    finally:
+        disk.flip("/models/m.img", PAYLOAD_BYTE)
+
+
+def test_a_flipped_byte_fails_the_volume_and_stops_serving(served: Observed) -> None:
+    """dm-verity meets the byte when it is next read from the disk; the volume is closed."""
+    with flipped_byte(served):
+        read = served.read_all()
+        assert read.code != 0
+        assert "Input/output error" in read.stderr
+        served.until_volume("failed")
+        served.until(lambda: served.serving()["state"] == "stopped", "serving stopped")
+        error = served.volume()["error"]
+        assert error["code"] == "volume-integrity"
+        assert "changed after it was opened" in error["message"]
+        assert served.predict().returncode != 0
+        assert served.holdings().counts() == (0, 0, 0)
+        assert served.ctl("health", "ready", check=False).code == 65
+    served.machine.run("echo 3 > /proc/sys/vm/drop_caches")
+    served.ctl("retry", "m")
+    served.until_serving()
+    served.predict_ok()

@@ -1,0 +1,125 @@
+"""The owner of a guest: platform, key server and sealed images here, a delivery disk for there."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from contrib.guest.disks import make_ext4
+from tests.guest.disk import Disk
+from tests.guest.machine import Machine
+from tests.system.world import World, ok, program, toml
+
+__all__ = ["GuestWorld", "made_world"]
+
+FRONT_NAME, KEYS_NAME = "guest.example", "keys.example"
+SPARE_BYTES = 256 * 2**20
+
+
+class GuestWorld(World):
+    """A world whose daemon runs in a guest. Two generations of volume `m` are sealed."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self.model_canary = os.urandom(64)
+        """Content of a file beside the model, sealed with it."""
+
+    def make_directory(self, name: str, *, version: str = "1") -> Path:
+        made = super().make_directory(name, version=version)
+        assets = made / "models/line" / version / "assets.extra"
+        assets.mkdir()
+        (assets / "canary").write_bytes(self.model_canary)
+        return made
+
+    def config(self, **changes: Any) -> dict[str, Any]:
+        tables: dict[str, Any] = {
+            "key_release": {
+                "servers": [f"{KEYS_NAME}:50051"],
+                "ca": "/etc/tdxd/keyd-ca.pem",
+                "signing_key": self.pin["signing_key"],
+                "backoff_max_s": 2.0,
+            },
+            "platform": {
+                "tsm": "/run/tdx-sim/report",
+                "event_log": "/run/tdx-sim/CCEL",
+            },
+            "volume": [{"id": "m", "image": "/srv/models/m*.img"}],
+            "serving": {"listen": "[::]:8500", "user": "tdxd-serve"},
+            "health": {"listen": "[::]:9640"},
+            "security": {"accept_unmeasured": True},
+        }
+        merged = {**tables, **changes}
+        return {name: table for name, table in merged.items() if table is not None}
+
+    def delivery(
+        self,
+        name: str = "delivery",
+        *,
+        images: Sequence[str] = ("m",),
+        later: Sequence[str] = (),
+        more: Path | None = None,
+        **changes: Any,
+    ) -> Disk:
+        """Make the disk that the guest mounts at /srv; `changes` replace tables of the config.
+
+        `images` are in place at boot; `later` wait in /srv/later for a test to move them, and
+        the files of the directory `more` are in /srv/more. A table that is `None` is left out.
+        """
+        tree = self.directory / f"{name}.d"
+        for place, names in (("models", images), ("later", later)):
+            (tree / place).mkdir(parents=True)
+            for one in names:
+                # A link: nothing writes to them here, and mke2fs copies.
+                os.link(self.directory / f"{one}.img", tree / place / f"{one}.img")
+        if more is not None:
+            shutil.copytree(more, tree / "more", copy_function=os.link)
+        (tree / "config").mkdir()
+        (tree / "config/tdxd.toml").write_text(toml(self.config(**changes)))
+        shutil.copy(self.pin["ca"], tree / "config/keyd-ca.pem")
+        shutil.copytree(self.directory / "sim", tree / "platform")
+        disk = Disk(name="delivery", path=self.directory / f"{name}.raw")
+        make_ext4(tree, disk.path, label="delivery", spare_bytes=SPARE_BYTES)
+        shutil.rmtree(tree)
+        return disk
+
+    def predict(
+        self, machine: Machine, *more: object, rows: str = "[[1, 2, 3, 4]]"
+    ) -> subprocess.CompletedProcess[str]:
+        """Ask as a user on the other side of the network does; 2x + 1 is right."""
+        return program(
+            *("tdx-infer", "predict", f"127.0.0.1:{machine.front_port}"),
+            *("--ca", self.directory / "ca.pem", "--server-name", FRONT_NAME),
+            *("--model", "line", "--input", "-", "--json", *more),
+            input=rows,
+        )
+
+    @staticmethod
+    def status(machine: Machine) -> dict[str, Any]:
+        shown: dict[str, Any] = json.loads(machine.output("tdxctl status --json"))
+        return shown
+
+
+@contextmanager
+def made_world(directory: Path) -> Iterator[GuestWorld]:
+    """Make everything, and serve the platform's collateral; the key server is not running yet."""
+    directory.mkdir()
+    made = GuestWorld(directory)
+    try:
+        made.make_saved_model()
+        made.make_certificate(FRONT_NAME)
+        source = made.make_directory("model")
+        made.seal(source, "m", generation=1)
+        made.seal(source, "m2", generation=2)
+        ok("tdx-sim", "init", directory / "sim")
+        with made.simulator(device=False):
+            made.pin = made.init_key_server(name=KEYS_NAME)
+            made.allow("m")
+            yield made
+    finally:
+        shutil.rmtree(directory)
