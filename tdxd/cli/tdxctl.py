@@ -22,8 +22,8 @@ from tdxd.errors import (
 __all__ = ["main"]
 
 _SOCKET = "/run/tdxd.sock"
-_SILENCE_S = 15.0
-"""The daemon sends a frame at least every five seconds."""
+_SILENCE_S = 30.0
+"""The daemon sends a frame every five seconds, and later on a machine that is busy."""
 _AGAIN_S = 0.1
 
 Reply = dict[str, object]
@@ -189,9 +189,24 @@ def _events(args: argparse.Namespace) -> int:
 
 
 def _wait(args: argparse.Namespace) -> int:
-    if args.timeout is not None and args.timeout < 0:
+    """Wait; with a limit also for a daemon that was there, ended and is started again."""
+    if args.timeout is None:
+        return _verdict(_result(args.socket, "wait", timeout_s=None), args.json)
+    if args.timeout < 0:
         raise UsageError(f"timeout {args.timeout} is negative")
-    return _verdict(_result(args.socket, "wait", timeout_s=args.timeout), args.json)
+    deadline_s, was_there = time.monotonic() + args.timeout, False
+    while True:
+        left_s = max(0.0, deadline_s - time.monotonic())
+        try:
+            return _verdict(_result(args.socket, "wait", timeout_s=left_s), args.json)
+        except (ConnectionError, TimeoutError, RemoteProtocolError):
+            was_there = True
+            if not left_s:
+                raise
+        except UnavailableError:
+            if not was_there or not left_s:
+                raise
+        time.sleep(_AGAIN_S)
 
 
 def _health(args: argparse.Namespace) -> int:

@@ -169,7 +169,8 @@ class ServingReconciler:
             slot = getattr(action, "slot", None)
             if isinstance(action, plan.PollReady) and slot in self.servers:
                 await self._stop_server(slot)
-        self._changes.ring()
+        if action != self._plan(trio.current_time()).action:
+            self._changes.ring()  # polling alone is no news
 
     async def _do(self, action: plan.ServingAction) -> None:
         match action:

@@ -7,8 +7,10 @@ Source: tensorflow_serving/apis/get_model_status.proto.
 from __future__ import annotations
 
 import dataclasses
+import os
 from typing import Any
 
+from tdxd.errors import UnreachableError
 from tdxd.host import tf_messages
 
 __all__ = ["ModelStatusClient", "VersionStatus"]
@@ -50,6 +52,8 @@ class ModelStatusClient:
 
         Raises: UnreachableError while the server does not listen or knows no such model.
         """
+        if not _listens(self._path):
+            raise UnreachableError(f"no model server listens at {self._path}")
         from tdxd.host import rpc
 
         if self._channel is None:
@@ -77,3 +81,8 @@ class ModelStatusClient:
         """Close the channel."""
         if self._channel is not None:
             self._channel.close()
+
+
+def _listens(path: str) -> bool:
+    """Say whether there is a socket: cheap, for a large server takes a minute to make it."""
+    return os.path.exists(path)
