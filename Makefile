@@ -5,10 +5,14 @@ PY := $(BIN)/python
 SOURCES := $(shell find tdxd -name '*.py' -o -name '*.proto')
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: demo check test test-guest bench lint fuzz deb guest setup clean
+.PHONY: demo demo-guest check test test-guest bench lint fuzz deb guest setup clean
 
 demo: $(VENV)/.installed
 	$(PY) contrib/demo/demo.py
+
+# The same story in a booted guest, driven from outside.
+demo-guest: deb
+	$(PY) -m contrib.demo.demo_guest
 
 # Everything: static checks, tests, attacks. TensorFlow's tests run in a process of their own,
 # since tests without it load its message files through an empty package object.

@@ -16,7 +16,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-MODULES = ("daemon", "volume", "keyrelease", "serving")
+MODULES = ("daemon", "volume", "keyrelease", "serving", "guest")
 _TIMEOUT_S = 1800.0
 _TITLES = ("WHAT", "BUDGET", "MEASURED", "RATIO", "")
 _DETAIL_WIDTH = 96

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from contrib.guest.build_image import GuestImage, build_image, built_packages
+from contrib.guest.disk import Disk
 from contrib.guest.disks import make_ext4
-from tests.guest.disk import Disk
-from tests.guest.machine import Machine
+from contrib.guest.machine import Machine
 from tests.guest.observed import Observed
 from tests.guest.world import GuestWorld, made_world
 from tests.system.world import ROOT
@@ -24,6 +24,8 @@ from tests.system.world import ROOT
 LOGS = ROOT / "build" / "guest-logs"
 NEWER = "0.1.1"
 """Version of the package that the guest is upgraded to."""
+BOOT_CHECK = "systemd.wants=boot-complete.target"
+"""As on a system that blesses its boots: the target is part of every boot."""
 
 
 class Slot:
@@ -121,29 +123,21 @@ def keys(world: GuestWorld) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def newer(guest_directory: Path) -> Path:
-    """A directory with a newer package of the daemon, to be delivered with the image."""
-    directory = guest_directory / "newer"
-    build = [
-        "contrib/deb/build",
-        "--version",
-        NEWER,
-        "--output",
-        str(directory),
-        "tdxd",
-    ]
-    subprocess.run(
-        build, check=True, cwd=ROOT, env={**os.environ, "PYTHON": sys.executable}
-    )
+def packages(guest_directory: Path) -> Path:
+    """A directory with a newer package of the daemon and the owner's, delivered with the image."""
+    directory = guest_directory / "packages"
+    build = ["contrib/deb/build", "--version", NEWER, "--output", str(directory)]
+    env = {**os.environ, "PYTHON": sys.executable}
+    subprocess.run([*build, "tdxd", "tdxd-owner"], check=True, cwd=ROOT, env=env)
     return directory
 
 
 @pytest.fixture
-def served(slot: Slot, world: GuestWorld, keys: None, newer: Path) -> Observed:
+def served(slot: Slot, world: GuestWorld, keys: None, packages: Path) -> Observed:
     """The guest that serves, shared by the tests that leave it so."""
 
     def make() -> Machine:
-        machine = slot.fresh(world.delivery(more=newer))
+        machine = slot.fresh(world.delivery(more=packages), append=BOOT_CHECK)
         machine.route_keys_to(world.port)
         return machine
 

@@ -9,8 +9,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from tests.guest.agent import Result
-from tests.guest.machine import Machine
+from contrib.guest.agent import Result
+from contrib.guest.machine import Machine
 from tests.guest.world import GuestWorld
 
 __all__ = ["Holdings", "Observed"]

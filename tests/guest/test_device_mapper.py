@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.guest.machine import Machine
+from contrib.guest.machine import Machine
 
 pytestmark = [pytest.mark.guest, pytest.mark.root]
 

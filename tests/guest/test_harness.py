@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from contrib.guest.machine import Machine
 from tests.guest.conftest import Slot
-from tests.guest.machine import Machine
 
 pytestmark = [pytest.mark.guest, pytest.mark.root]
 

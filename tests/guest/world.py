@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from contrib.guest.disk import Disk
 from contrib.guest.disks import make_ext4
-from tests.guest.disk import Disk
-from tests.guest.machine import Machine
+from contrib.guest.machine import Machine
 from tests.system.world import World, ok, program, toml
 
 __all__ = ["GuestWorld", "made_world"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import socket
 import subprocess
 import threading
 import time
@@ -12,11 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from contrib.guest.agent import Agent, Result
 from contrib.guest.build_image import GuestImage
-from tests.guest.agent import Agent, Result
-from tests.guest.disk import Disk
-from tests.guest.qmp import Qmp
-from tests.system.world import free_port
+from contrib.guest.disk import Disk
+from contrib.guest.qmp import Qmp
 
 __all__ = ["Machine"]
 
@@ -58,7 +58,7 @@ class Machine:
         self.directory, self.image, self.disks = directory, image, tuple(disks)
         self.memory_mib, self.append, self.options = memory_mib, append, tuple(options)
         self.serial_log = directory / "serial.log"
-        self.front_port, self.health_port = free_port(), free_port()
+        self.front_port, self.health_port = _free_port(), _free_port()
         self.boot_s = 0.0
         self._process: subprocess.Popen[bytes] | None = None
         self._watchdog: threading.Timer | None = None
@@ -90,7 +90,7 @@ class Machine:
             (self.directory / name).unlink(missing_ok=True)
         with (self.directory / "qemu.log").open("ab") as log:
             self._process = subprocess.Popen(
-                ["setpriv", "--pdeathsig", "KILL", "--", *self._command()],
+                ["setpriv", "--pdeathsig", "KILL", "--", *self.command()],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -247,7 +247,8 @@ class Machine:
 
     # --- QEMU's command line ---
 
-    def _command(self) -> list[str]:
+    def command(self) -> list[str]:
+        """Return what switches it on."""
         return [
             *("qemu-system-x86_64", "-no-user-config", "-nodefaults", "-no-reboot"),
             *("-machine", "pc,hpet=off", "-accel", "tcg,thread=multi", "-cpu", CPU),
@@ -290,3 +291,9 @@ class Machine:
             *("-drive", f"{where},if=none,id={disk.name},cache=unsafe"),
             *("-device", f"virtio-blk-pci,drive={disk.name},serial={disk.name}"),
         ]
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port: int = sock.getsockname()[1]
+    return port

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.guest.json_lines import connect
+from contrib.guest.json_lines import connect
 
 __all__ = ["Qmp", "QmpError"]
 

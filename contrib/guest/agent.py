@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.guest.json_lines import connect
+from contrib.guest.json_lines import connect
 
 __all__ = ["Agent", "AgentError", "Result"]
 
@@ -65,9 +65,9 @@ class Agent:
                     raise
             else:
                 break
-        self._settle(number, deadline)
+        self._settle(deadline)
 
-    def _settle(self, newest: int, deadline: float) -> None:
+    def _settle(self, deadline: float) -> None:
         """Take the answers to the other synchronisations: they were all delivered, or none."""
         command = {"id": next(self._ids)}
         self._lines.send({"execute": "guest-sync", "arguments": command})
