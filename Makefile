@@ -14,17 +14,18 @@ demo: $(VENV)/.installed
 demo-guest: deb
 	$(PY) -m contrib.demo.demo_guest
 
-# Everything: static checks, tests, attacks. TensorFlow's tests run in a process of their own,
-# since tests without it load its message files through an empty package object.
-# Coverage is of this process only: programs that the tests start are not followed yet.
-test: lint
+# Everything: static checks, tests, attacks, then the booted guest. TensorFlow's tests run in a process
+# of their own, since tests without it load its message files through an empty package object.
+# Coverage is of this process only: programs that the tests start, and the guest, are not followed yet.
+test: lint deb
 	rm -f .coverage .coverage.*
 	$(PY) -m coverage run -m pytest -m "not tensorflow and not guest"
 	$(PY) -m coverage run -m pytest -m "tensorflow and not guest"
 	$(PY) -m coverage combine --quiet
 	$(PY) -m coverage report --skip-covered --fail-under=75
+	$(PY) -m pytest -m guest tests/guest
 
-# What needs a real kernel and systemd: boots a virtual machine, one at a time, in software emulation.
+# What needs a real kernel and systemd: boots a virtual machine, one at a time, emulated in software.
 test-guest: deb
 	$(PY) -m pytest -m guest tests/guest
 
