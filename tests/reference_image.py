@@ -41,11 +41,11 @@ def hash_tree(data: bytes, salt: bytes) -> tuple[bytes, bytes]:
     return b"".join(reversed(levels[1:])), root
 
 
-def xts(key: bytes, payload: bytes) -> bytes:
-    """Encrypt whole blocks, numbered from 0."""
+def xts(key: bytes, payload: bytes, *, first_block: int = 0) -> bytes:
+    """Encrypt whole blocks, numbered from `first_block`."""
     out = []
     for start in range(0, len(payload), 4096):
-        tweak = (start // 512).to_bytes(16, "little")
+        tweak = (first_block * 8 + start // 512).to_bytes(16, "little")
         unit = Cipher(algorithms.AES(key), modes.XTS(tweak)).encryptor()
         out.append(unit.update(payload[start : start + 4096]))
     return b"".join(out)
