@@ -24,6 +24,15 @@ NOBODY = 65534
 COMMAND = (sys.executable, "-m", "tdxd.cli.tdx_keyd")
 
 
+@pytest.fixture(autouse=True)
+def _umask_kept():
+    """`serve` hardens the process it runs in, which here is that of all tests."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    yield
+    os.umask(mask)
+
+
 @pytest.fixture
 def keyd(capfd, monkeypatch):
     """Run one verb to its end, in this process: a process each would cost half a second."""
