@@ -101,7 +101,9 @@ def _show_error(what: str, error: object) -> None:
         return
     later = error.get("retry_in_s")
     again = f" (attempt {error.get('attempts')}, again in {later} s)" if later else ""
-    print(f"{what}: {error.get('message')}{again}")
+    message = str(error.get("message"))
+    prefix = "" if message.startswith(f"{what}: ") else f"{what}: "
+    print(f"{prefix}{message}{again}")
     if error.get("hint"):
         print(f"  hint: {error.get('hint')}")
 

@@ -53,10 +53,17 @@ def main(directory: Path) -> None:
         def kinds(self, *tensors):
             return {f"same_{one.dtype.name}": tf.identity(one) for one in tensors}
 
-        @tf.function(input_signature=[tf.TensorSpec([], tf.int32, "n")])
-        def count(self, n):
-            """Take some microseconds for each of `n` steps."""
-            return {"o": tf.while_loop(lambda i: i < n, lambda i: [i + 1], [0])[0]}
+        @tf.function(input_signature=[tf.TensorSpec([], tf.string, "gate")])
+        def wait(self, gate):
+            """Write a file `gate`.started, then last until a file `gate` exists."""
+            write = tf.io.write_file(gate + ".started", "")
+
+            def shut(_):
+                return tf.equal(tf.size(tf.io.matching_files(gate)), 0)
+
+            with tf.control_dependencies([write]):
+                turns = tf.while_loop(shut, lambda i: [i + 1], [tf.constant(0)])[0]
+            return {"opened": turns >= 0}
 
     def save(path: Path, factor: float) -> None:
         made = Many(factor)
@@ -66,7 +73,7 @@ def main(directory: Path) -> None:
             "picture": made.picture,
             "multiply": made.multiply,
             "kinds": made.kinds,
-            "count": made.count,
+            "wait": made.wait,
         }
         tf.saved_model.save(made, str(path), signatures=signatures)
 

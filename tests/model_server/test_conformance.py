@@ -32,7 +32,6 @@ pytestmark = [pytest.mark.tensorflow, pytest.mark.slow]
 
 LOADING, AVAILABLE, END = 20, 30, 50
 X = np.arange(8, dtype=np.float32).reshape(2, 4)
-STEPS = 100_000
 CONFIG = """model_config_list {{
   config {{ name: "many" base_path: "{0}/many" model_platform: "tensorflow"
            model_version_policy {{ all {{}} }}
@@ -244,7 +243,7 @@ def test_metadata_holds_the_signatures_as_saved(caller):
         "picture",
         "multiply",
         "kinds",
-        "count",
+        "wait",
         "__saved_model_init_op",
     }
     x = found["serving_default"].inputs["x"]
@@ -389,25 +388,41 @@ def test_new_old_bad_and_returning_versions(models, tmp_path):
         caller.close()
 
 
+class LongCall:
+    """A call to the model `wait`, in a thread, which lasts until `let_end`."""
+
+    def __init__(self, caller: Caller, gate: Path) -> None:
+        self._caller, self._gate = caller, gate
+        self._opened: list[bool] = []
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+        started = Path(f"{gate}.started")
+        deadline = time.monotonic() + 60
+        while not started.exists():
+            assert time.monotonic() < deadline, "the call never began to compute"
+            time.sleep(0.01)
+
+    def _run(self) -> None:
+        answer = self._caller.outputs("m", "wait", gate=np.array(str(self._gate), "S"))
+        self._opened.append(bool(answer["opened"]))
+
+    def let_end(self) -> bool:
+        """Open the gate; return what the model answered."""
+        assert not self._opened, "the call ended by itself"
+        self._gate.touch()
+        self._thread.join()
+        return self._opened == [True]
+
+
 def test_sigterm_finishes_the_call_in_progress_then_ends_with_0(models, tmp_path):
     flags = [f"--model_base_path={models / 'many'}", "--model_name=m"]
     with running_server(tmp_path, *flags) as running:
         running.wait_for("Running gRPC ModelServer")
         caller = Caller(running.socket)
-        caller.outputs("m", "count", n=np.int32(1))
-        got: list[Any] = []
-
-        def call() -> None:
-            got.append(caller.outputs("m", "count", n=np.int32(STEPS))["o"])
-
-        thread = threading.Thread(target=call)
-        thread.start()
-        time.sleep(0.2)
+        call = LongCall(caller, tmp_path / "gate")
         running.process.send_signal(signal.SIGTERM)
         running.wait_for("Draining")
-        assert thread.is_alive(), "the call was too short to prove anything"
-        thread.join()
-        assert got == [STEPS]
+        assert call.let_end()
         assert running.wait_until_ended() == 0
         assert not running.socket.exists()
         caller.close()
@@ -422,16 +437,9 @@ def test_status_is_answered_while_every_thread_computes(models, tmp_path):
     with running_server(tmp_path, *flags) as running:
         running.wait_for("Running gRPC ModelServer")
         caller = Caller(running.socket)
-        caller.outputs("m", "count", n=np.int32(1))
-        arguments = {"n": np.int32(STEPS)}
-        thread = threading.Thread(
-            target=caller.outputs, args=("m", "count"), kwargs=arguments
-        )
-        thread.start()
-        time.sleep(0.2)
+        call = LongCall(caller, tmp_path / "gate")
         assert caller.states("m")[12][0] == AVAILABLE
-        assert thread.is_alive(), "the call was too short to prove anything"
-        thread.join()
+        assert call.let_end()
         caller.close()
 
 
