@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tdxd.cli.boundary import Parser, run
+from tdxd.cli.keyd_audit import add_audit_verbs
+from tdxd.cli.keyd_policy import add_policy_verbs
+from tdxd.cli.keyd_verbs import add_verb, now_s, print_json
 
 __all__ = ["main", "run_command"]
 
@@ -41,13 +42,11 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     _add_init(verbs)
     _add_volume_verbs(verbs)
-    _add_policy(verbs)
-    explain = _verb(verbs, "explain", _explain, "show every check of one denial")
-    explain.add_argument("denial", metavar="DENIAL_ID")
-    audit = _verb(verbs, "audit", _audit, "show what was released and denied")
-    audit.add_argument("--denied", action="store_true", help="denials only")
-    audit.add_argument("--limit", type=int, default=100, metavar="N")
-    serve = _verb(verbs, "serve", _serve, "answer guests until SIGTERM", json_too=False)
+    add_policy_verbs(verbs)
+    add_audit_verbs(verbs)
+    serve = add_verb(
+        verbs, "serve", _serve, "answer guests until SIGTERM", json_too=False
+    )
     serve.add_argument(
         "--share-port",
         action="store_true",
@@ -56,21 +55,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _verb(
-    verbs: Any, name: str, function: Any, help_text: str, *, json_too: bool = True
-) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = verbs.add_parser(
-        name, help=help_text, description=help_text, allow_abbrev=False
-    )
-    parser.set_defaults(verb=function)
-    parser.add_argument("store", metavar="STORE", type=Path)
-    if json_too:
-        parser.add_argument("--json", action="store_true", help="print JSON")
-    return parser
-
-
 def _add_init(verbs: Any) -> None:
-    init = _verb(verbs, "init", _init, "make a store with all its keys")
+    init = add_verb(verbs, "init", _init, "make a store with all its keys")
     init.add_argument(
         "--name",
         dest="names",
@@ -98,28 +84,17 @@ def _add_init(verbs: Any) -> None:
 
 
 def _add_volume_verbs(verbs: Any) -> None:
-    add = _verb(verbs, "add", _add, "add the key bundle of a sealed image")
+    add = add_verb(verbs, "add", _add, "add the key bundle of a sealed image")
     add.add_argument("bundle", metavar="BUNDLE", type=Path)
     add.add_argument("--policy", type=Path, metavar="FILE", help="set the policy, too")
-    _verb(verbs, "list", _list, "list the volumes")
-    show = _verb(verbs, "show", _show, "show one volume")
+    add_verb(verbs, "list", _list, "list the volumes")
+    show = add_verb(verbs, "show", _show, "show one volume")
     show.add_argument("id", metavar="ID")
-    remove = _verb(verbs, "remove", _remove, "remove a volume or one generation of it")
+    remove = add_verb(
+        verbs, "remove", _remove, "remove a volume or one generation of it"
+    )
     remove.add_argument("id", metavar="ID")
     remove.add_argument("--generation", type=int, metavar="N")
-
-
-def _add_policy(verbs: Any) -> None:
-    parser = verbs.add_parser("policy", help="set, show and check policies")
-    policy = parser.add_subparsers(metavar="VERB", required=True)
-    setter = _verb(policy, "set", _policy_set, "set the policy of a volume")
-    setter.add_argument("id", metavar="ID")
-    setter.add_argument("file", metavar="FILE", type=Path)
-    show = _verb(policy, "show", _policy_show, "print the policy of a volume")
-    show.add_argument("id", metavar="ID")
-    check = policy.add_parser("check", help="check a policy file", allow_abbrev=False)
-    check.set_defaults(verb=_policy_check)
-    check.add_argument("file", metavar="FILE", type=Path)
 
 
 # --- the verbs ----------------------------------------------------------------
@@ -138,7 +113,7 @@ def _init(options: argparse.Namespace) -> int:
     )
     pin = init_store(options.store, given, os.urandom)
     if options.json:
-        return _print_json(
+        return print_json(
             {"ca": pin.ca, "signing_key": pin.signing_key, "servers": pin.servers}
         )
     servers = ", ".join(f'"{server}"' for server in pin.servers)
@@ -153,9 +128,9 @@ def _init(options: argparse.Namespace) -> int:
 def _add(options: argparse.Namespace) -> int:
     from tdxd.owner.admin import add_bundle
 
-    row = add_bundle(options.store, options.bundle, options.policy, _now_s())
+    row = add_bundle(options.store, options.bundle, options.policy, now_s())
     if options.json:
-        return _print_json(
+        return print_json(
             {
                 "id": row.volume_id,
                 "generation": row.generation,
@@ -173,7 +148,7 @@ def _list(options: argparse.Namespace) -> int:
     with Store.open(options.store) as store:
         volumes = [keyd_tables.volume(store, name) for name in store.volume_ids()]
     if options.json:
-        return _print_json(volumes)
+        return print_json(volumes)
     keyd_tables.print_table(("id", "generations", "policy_version"), volumes)
     return 0
 
@@ -195,7 +170,7 @@ def _show(options: argparse.Namespace) -> int:
             for row in store.generations(options.id)
         ]
     if options.json:
-        return _print_json({**volume, "generations": generations})
+        return print_json({**volume, "generations": generations})
     print(f"{options.id}: policy version {volume['policy_version'] or 'none'}")
     keyd_tables.print_table(("generation", "manifest_sha256", "added"), generations)
     return 0
@@ -206,75 +181,8 @@ def _remove(options: argparse.Namespace) -> int:
 
     gone = remove_volume(options.store, options.id, options.generation)
     if options.json:
-        return _print_json({"id": options.id, "generations_removed": gone})
+        return print_json({"id": options.id, "generations_removed": gone})
     print(f"removed {options.id}: {gone} generation(s)")
-    return 0
-
-
-def _policy_set(options: argparse.Namespace) -> int:
-    from tdxd.owner.admin import set_policy
-
-    version = set_policy(options.store, options.id, options.file, _now_s())
-    if options.json:
-        return _print_json({"id": options.id, "policy_version": version})
-    print(f"policy of {options.id} is now version {version}")
-    return 0
-
-
-def _policy_show(options: argparse.Namespace) -> int:
-    from tdxd.errors import DataError
-    from tdxd.owner.store import Store
-
-    with Store.open(options.store) as store:
-        row = store.policy(options.id)
-    if row is None:
-        raise DataError(f"volume {options.id!r} has no policy")
-    if options.json:
-        return _print_json(
-            {"id": row.volume_id, "version": row.version, "text": row.text}
-        )
-    print(row.text, end="" if row.text.endswith("\n") else "\n")
-    return 0
-
-
-def _policy_check(options: argparse.Namespace) -> int:
-    from tdxd.core.policy import parse_policy
-    from tdxd.owner.files import read_text
-
-    parse_policy(read_text(options.file), source=str(options.file))
-    print(f"{options.file}: valid")
-    return 0
-
-
-def _explain(options: argparse.Namespace) -> int:
-    from tdxd.cli import keyd_tables
-    from tdxd.errors import DataError
-    from tdxd.owner.store import Store
-
-    with Store.open(options.store) as store:
-        record = store.denial(options.denial)
-    if record is None:
-        raise DataError(
-            f"no denial {options.denial!r} in the audit log",
-            hint=f"{PROG} audit {options.store} --denied lists them",
-        )
-    if options.json:
-        return _print_json(keyd_tables.audit_row(record))
-    keyd_tables.print_denial(record)
-    return 0
-
-
-def _audit(options: argparse.Namespace) -> int:
-    from tdxd.cli import keyd_tables
-    from tdxd.owner.store import Store
-
-    with Store.open(options.store) as store:
-        records = store.audit(denied_only=options.denied, limit=options.limit)
-    rows = [keyd_tables.audit_row(record) for record in records]
-    if options.json:
-        return _print_json(rows)
-    columns = ("seq", "at", "decision", "volume", "generation", "reason", "denial_id")
-    keyd_tables.print_table((*columns, "simulated", "peer"), rows)
     return 0
 
 
@@ -286,15 +194,6 @@ def _serve(options: argparse.Namespace) -> int:
     machine.harden()
     configure()
     return serve(options.store, share_port=options.share_port)
-
-
-def _print_json(value: object) -> int:
-    print(json.dumps(value, indent=2))
-    return 0
-
-
-def _now_s() -> int:
-    return int(time.time())
 
 
 if __name__ == "__main__":

@@ -1,0 +1,36 @@
+"""What the verbs of tdx-keyd share: how one is added, and how it prints."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+__all__ = ["add_verb", "now_s", "print_json"]
+
+
+def add_verb(
+    verbs: Any, name: str, function: Any, help_text: str, *, json_too: bool = True
+) -> argparse.ArgumentParser:
+    """Add a verb that works on a STORE and, unless told otherwise, prints JSON on demand."""
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        name, help=help_text, description=help_text, allow_abbrev=False
+    )
+    parser.set_defaults(verb=function)
+    parser.add_argument("store", metavar="STORE", type=Path)
+    if json_too:
+        parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def print_json(value: object) -> int:
+    """Print a value; return the exit code."""
+    print(json.dumps(value, indent=2))
+    return 0
+
+
+def now_s() -> int:
+    """Return the wall clock, unix seconds."""
+    return int(time.time())
