@@ -41,9 +41,16 @@ lint: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(PY) -m tests.bench
 
-# A longer look by the property tests than `make test` takes.
+# A longer look at every parser than `make test` takes: property tests, then FUZZ_S seconds of fuzzing
+# each. What is found stays in .cache/fuzz.
+FUZZ_S ?= 300
+FUZZED = $(shell $(PY) -c 'from tests.fuzz.targets import TARGETS; print(*TARGETS)')
 fuzz: $(VENV)/.installed
 	TDXD_FUZZ=1 $(PY) -m pytest -q tests/core
+	for name in $(FUZZED); do \
+	    $(PY) -m tests.fuzz $$name .cache/fuzz/$$name -max_total_time=$(FUZZ_S) -timeout=20 \
+	        -artifact_prefix=.cache/fuzz/$$name- || exit 1; \
+	done
 
 # The Debian packages, in build/deb. VERSION=X gives them another version.
 deb: $(VENV)/.installed

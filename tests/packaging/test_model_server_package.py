@@ -34,7 +34,7 @@ def launcher(package) -> list[str]:
     return ["/usr/bin/python3", "-IS", "-c", code]
 
 
-def check_answers(running) -> None:
+def check_answers(running, models) -> None:
     """Ask for kernels of several kinds: compiled, strings, control flow, a TensorFlow 1 graph."""
     running.wait_for("Running gRPC ModelServer")
     caller = Caller(running.socket)
@@ -48,8 +48,9 @@ def check_answers(running) -> None:
         assert out[0, 4, 4, 0] == 27
         text = caller.outputs("many", "text", t=np.array([b"abc"], dtype=object))
         assert text["length"].tolist() == [3]
-        count = caller.outputs("many", "count", n=np.int32(1000))
-        assert count["o"] == 1000
+        gate = models / "gate"
+        gate.touch()
+        assert caller.outputs("many", "wait", gate=np.array(str(gate), "S"))["opened"]
         one = np.ones((1, 2), np.float32)
         assert caller.outputs("frozen", input=one)["predict"].tolist() == [[2, 2]]
     finally:
@@ -71,7 +72,7 @@ def test_it_serves_models_from_its_own_files_alone(unpacked, models, tmp_path) -
     package = unpacked("tdxd-model-server")
     flags = [config_of(models, tmp_path)]
     with running_server(tmp_path, *flags, program=launcher(package)) as running:
-        check_answers(running)
+        check_answers(running, models)
         maps = f"/proc/{running.process.pid}/maps"
         with open(maps, encoding="ascii") as file:
             mapped = {line.split()[-1] for line in file if ".so" in line}
@@ -86,7 +87,7 @@ def test_it_serves_models_where_it_is_installed(unpacked, models, tmp_path) -> N
     program = [*installed(unpacked("tdxd-model-server")), "tdx-model-server"]
     flags = [config_of(models, tmp_path)]
     with running_server(tmp_path, *flags, program=program) as running:
-        check_answers(running)
+        check_answers(running, models)
 
 
 def test_what_serving_does_not_use_is_left_out(unpacked) -> None:
