@@ -70,16 +70,21 @@ The Python libraries that it needs are in a private directory.""",
 
 _OWNER = Package(
     name="tdxd-owner",
-    summary="sealing of models, and the key server for tdxd",
+    summary="conversion and sealing of models, and the key server for tdxd",
     description="""\
+tdx-convert makes SavedModels of frozen graphs.
 tdx-seal makes encrypted, integrity-protected images of model directories.
 tdx-keyd releases their keys to guests that prove themselves by an Intel TDX
-quote. Both run on a machine that the owner of the models trusts.
+quote. All run on a machine that the owner of the models trusts.
 
 The Python libraries that they need are in a private directory.""",
-    programs={"tdx-seal": "tdxd.cli.tdx_seal", "tdx-keyd": "tdxd.cli.tdx_keyd"},
+    programs={
+        "tdx-convert": "tdxd.cli.tdx_convert",
+        "tdx-seal": "tdxd.cli.tdx_seal",
+        "tdx-keyd": "tdxd.cli.tdx_keyd",
+    },
     parts=("tdxd.owner",),
-    man_pages=("tdx-seal.1", "tdx-keyd.8"),
+    man_pages=("tdx-convert.1", "tdx-seal.1", "tdx-keyd.8"),
     depends=(
         "erofs-utils (>= 1.5)",  # mkfs.erofs -x, -T, --all-root
         "systemd (>= 252) | systemd-standalone-sysusers",
@@ -87,7 +92,10 @@ The Python libraries that they need are in a private directory.""",
         "libssl3 | libssl3t64",
         "libstdc++6",
     ),
-    suggests=("cryptsetup-bin",),
+    suggests=(
+        "cryptsetup-bin",
+        "tdxd-model-server",  # its TensorFlow checks what tdx-convert made
+    ),
 )
 
 _MODEL_SERVER = Package(

@@ -34,7 +34,10 @@ __all__ = [
     "model_server_config",
     "model_status",
     "predict",
+    "prediction_log",
     "saved_model",
+    "tensor",
+    "type_name",
 ]
 
 PREDICTION_SERVICE = "tensorflow.serving.PredictionService"
@@ -101,6 +104,36 @@ def saved_model() -> Any:
     Raises: ServeError if the messages are not installed.
     """
     return _load("tensorflow.core.protobuf.saved_model_pb2")
+
+
+@functools.cache
+def tensor() -> Any:
+    """Return the module with TensorProto.
+
+    Raises: ServeError if the messages are not installed.
+    """
+    return _load("tensorflow.core.framework.tensor_pb2")
+
+
+@functools.cache
+def prediction_log() -> Any:
+    """Return the module with PredictionLog, of which the warm-up file is made.
+
+    Raises: ServeError if the messages are not installed.
+    """
+    return _load("tensorflow_serving.apis.prediction_log_pb2")
+
+
+def type_name(number: int) -> str:
+    """Return TensorFlow's name of an element type, such as `float`; `type 99` if unknown.
+
+    `core.tensors` knows them, too, but needs numpy.
+    """
+    kinds = tensor().TensorProto.DESCRIPTOR.fields_by_name["dtype"].enum_type
+    if number not in kinds.values_by_number:
+        return f"type {number}"
+    name: str = kinds.values_by_number[number].name
+    return name.removeprefix("DT_").lower()
 
 
 def _load(name: str) -> types.ModuleType:

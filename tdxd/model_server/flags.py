@@ -57,6 +57,8 @@ _FLAGS: Mapping[str, _Flag] = {
     "tensorflow_intra_op_parallelism": _Flag(kind="int", default="0"),
     "tensorflow_inter_op_parallelism": _Flag(kind="int", default="0"),
     "saved_model_tags": _Flag(kind="str", default="serve"),
+    "enable_model_warmup": _Flag(kind="bool", default="true"),
+    "num_request_iterations_for_warmup": _Flag(kind="int", default="0"),
     "enable_serialization_as_tensor_content": _Flag(kind="bool", default="false"),
     "version": _Flag(kind="bool", default="false"),
     "help": _Flag(kind="bool", default="false"),
@@ -65,8 +67,6 @@ _FLAGS: Mapping[str, _Flag] = {
     "num_unload_threads": _Flag(kind="int", default="0", does="moot"),
     "enable_profiler": _Flag(kind="bool", default="true", does="moot"),
     "flush_filesystem_caches": _Flag(kind="bool", default="true", does="moot"),
-    "enable_model_warmup": _ignored("bool", "true"),
-    "num_request_iterations_for_warmup": _ignored("int", "0"),
     "enable_batching": _ignored("bool", "false"),  # each request runs by itself
     "rest_api_num_threads": _ignored("int", "0"),
     "rest_api_timeout_in_ms": _ignored("int", "30000"),
@@ -112,6 +112,8 @@ class Flags:
     intra_op_threads: int
     inter_op_threads: int
     saved_model_tags: frozenset[str]
+    warmup_rounds: int
+    """How often each request of a warm-up file is executed; 0: not at all."""
     respond_with_content: bool
     version: bool
     help: bool
@@ -159,11 +161,19 @@ def _flags(values: Mapping[str, str], notes: tuple[str, ...]) -> Flags:
         intra_op_threads=int(values["tensorflow_intra_op_parallelism"]) or both,
         inter_op_threads=int(values["tensorflow_inter_op_parallelism"]) or both,
         saved_model_tags=frozenset(values["saved_model_tags"].split(",")),
+        warmup_rounds=_warmup_rounds(values),
         respond_with_content=values["enable_serialization_as_tensor_content"] == "true",
         version=values["version"] == "true",
         help=values["help"] == "true",
         notes=notes,
     )
+
+
+def _warmup_rounds(values: Mapping[str, str]) -> int:
+    """Return the rounds of the warm-up: one, if their number is left to the server."""
+    if values["enable_model_warmup"] == "false":
+        return 0
+    return max(int(values["num_request_iterations_for_warmup"]), 1)
 
 
 def _split(argument: str) -> tuple[str, str]:

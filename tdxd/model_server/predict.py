@@ -18,9 +18,9 @@ import grpc
 from tdxd.core.tensors import dtype_name, read_tensor, write_content, write_values
 from tdxd.errors import DataError
 from tdxd.model_server.failure import RpcFailure
-from tdxd.model_server.registry import Array, Registry
+from tdxd.model_server.registry import Array, Registry, Servable
 
-__all__ = ["DEFAULT_SIGNATURE", "answer_predict", "fill_model_spec"]
+__all__ = ["DEFAULT_SIGNATURE", "answer_predict", "execute", "fill_model_spec"]
 
 DEFAULT_SIGNATURE = "serving_default"
 _METHODS = tuple(
@@ -39,6 +39,18 @@ def answer_predict(
     if not request.HasField("model_spec"):
         raise RpcFailure(_INVALID, "Missing ModelSpec")
     version, servable = registry.resolve(request.model_spec)
+    key, outputs = execute(servable, request)
+    fill_model_spec(response, request.model_spec.name, version, key)
+    write = write_content if with_content else write_values
+    for alias, value in outputs.items():
+        write(response.outputs[alias], value)
+
+
+def execute(servable: Servable, request: Any) -> tuple[str, Mapping[str, Array]]:
+    """Execute a PredictRequest; return the signature's name and the outputs asked for.
+
+    Raises: RpcFailure with TensorFlow Serving's codes and texts.
+    """
     key = request.model_spec.signature_name or DEFAULT_SIGNATURE
     signature = servable.signatures.get(key)
     if signature is None:
@@ -48,10 +60,7 @@ def answer_predict(
     inputs = _read_inputs(signature, request.inputs)
     aliases = _output_aliases(signature, request.output_filter)
     outputs = servable.runners[key](inputs)
-    fill_model_spec(response, request.model_spec.name, version, key)
-    write = write_content if with_content else write_values
-    for alias in aliases:
-        write(response.outputs[alias], outputs[alias])
+    return key, {alias: outputs[alias] for alias in aliases}
 
 
 def fill_model_spec(response: Any, name: str, version: int, signature: str) -> None:

@@ -24,7 +24,7 @@ import tdxd
 from tdxd.model_server.flags import Flags, StartError, parse_flags, usage
 from tdxd.model_server.lifecycle import Lifecycle, RetryPolicy
 from tdxd.model_server.model_config import ModelConfig, parse_model_config
-from tdxd.model_server.registry import Registry
+from tdxd.model_server.registry import Registry, Servable
 
 __all__ = ["main"]
 
@@ -77,7 +77,7 @@ def _models(flags: Flags) -> tuple[ModelConfig, ...]:
 
 
 def _run(flags: Flags, models: tuple[ModelConfig, ...], stop: threading.Event) -> int:
-    from tdxd.model_server.loader import load_saved_model, start_tensorflow
+    from tdxd.model_server.loader import start_tensorflow
 
     start_tensorflow(
         intra_op_threads=flags.intra_op_threads, inter_op_threads=flags.inter_op_threads
@@ -90,7 +90,7 @@ def _run(flags: Flags, models: tuple[ModelConfig, ...], stop: threading.Event) -
             retries=flags.load_retries, interval_s=flags.load_retry_interval_s
         ),
         list_names=os.listdir,
-        load=lambda path: load_saved_model(path, tags=flags.saved_model_tags),
+        load=lambda path: _load(path, flags),
         log=_log,
     )
     server, address = _listen(flags, registry)
@@ -112,6 +112,19 @@ def _run(flags: Flags, models: tuple[ModelConfig, ...], stop: threading.Event) -
     if outcome.failure:
         raise StartError(f"Failed to start server. Error: Unknown: {outcome.failure}")
     return 0
+
+
+def _load(path: str, flags: Flags) -> Servable:
+    """Load a model and warm it up.
+
+    Raises: RpcFailure.
+    """
+    from tdxd.model_server.loader import load_saved_model
+    from tdxd.model_server.warmup import warm_up
+
+    servable = load_saved_model(path, tags=flags.saved_model_tags)
+    warm_up(servable, path, rounds=flags.warmup_rounds, log=_log)
+    return servable
 
 
 @dataclasses.dataclass(slots=True)

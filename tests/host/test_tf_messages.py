@@ -16,6 +16,8 @@ FAMILIES = [
     "model_server_config",
     "meta_graph",
     "saved_model",
+    "tensor",
+    "prediction_log",
 ]
 
 

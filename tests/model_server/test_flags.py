@@ -101,7 +101,20 @@ def test_a_flag_without_effect_is_noted():
 
 
 def test_a_flag_without_effect_at_its_default_is_not_noted():
-    assert parse_flags([BASE, "--enable_model_warmup=true"]).notes == ()
+    assert parse_flags([BASE, "--enable_batching=false"]).notes == ()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rounds"),
+    [
+        ([], 1),
+        (["--num_request_iterations_for_warmup=3"], 3),
+        (["--enable_model_warmup=false"], 0),
+        (["--enable_model_warmup=false", "--num_request_iterations_for_warmup=3"], 0),
+    ],
+)
+def test_how_often_the_warm_up_runs(arguments, rounds):
+    assert parse_flags([BASE, *arguments]).warmup_rounds == rounds
 
 
 def test_session_parallelism_sets_both_pools():

@@ -32,7 +32,8 @@ from tdxd.host import routes, tf_messages
 request = tf_messages.model_status().GetModelStatusRequest()
 request.model_spec.name = "m"
 assert request.SerializeToString().hex() == "0a030a016d"
-for family in ("predict", "model_metadata", "model_server_config", "meta_graph", "saved_model"):
+for family in ("predict", "model_metadata", "model_server_config", "meta_graph", "saved_model",
+               "tensor", "prediction_log"):
     getattr(tf_messages, family)()
 with pyroute2.IPRoute() as route:
     assert [one for one in route.get_links() if one.get_attr("IFLA_IFNAME") == "lo"]
@@ -147,7 +148,7 @@ def test_owners_modes_and_times_are_the_same_everywhere(unpacked, name) -> None:
     assert modes == {"drwxr-xr-x", "-rw-r--r--", "-rwxr-xr-x"}
     programs = [line.split()[5] for line in listing if line.startswith("-rwx")]
     assert all(path.startswith("./usr/bin/") for path in programs)
-    assert len(programs) == 2
+    assert len(programs) == {"tdxd": 2, "tdxd-owner": 3}[name]
 
 
 @small
