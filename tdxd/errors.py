@@ -45,6 +45,7 @@ __all__ = [
     "NotAllowedError",
     "NotReadyError",
     "ProtocolError",
+    "RecordError",
     "ReexecError",
     "RemoteProtocolError",
     "Retry",
@@ -197,6 +198,14 @@ class EvidenceUntrustedError(EvidenceError):
     code = "evidence-untrusted"
     retry = Retry.SLOW
     exit_code = EX_NOPERM
+
+
+class RecordError(EvidenceError):
+    """The record of what RTMR3 was extended with does not explain RTMR3, or can hold no more."""
+
+    code = "runtime-record"
+    retry = Retry.OPERATOR
+    exit_code = EX_DATAERR
 
 
 # --- key release --------------------------------------------------------------

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from typing import Literal
 
 from tdxd.core.decode import decode
+from tdxd.core.qgs import parse_qgs_address
 from tdxd.core.volume_id import check_volume_id
 from tdxd.errors import ConfigError
 
@@ -128,10 +129,31 @@ class KeyReleaseConfig:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PlatformConfig:
-    """Where the kernel offers quotes and the event log."""
+    """Where the kernel offers quotes, the event log and the measurement registers.
 
+    `evidence`: `configfs` asks for quotes by configfs-tsm (Linux 6.7 and later), `ioctl` takes a
+    TD report from `tdx_guest` and has the host's quoting service at `qgs` sign it; `auto`:
+    configfs where it has a provider.
+    """
+
+    evidence: Literal["auto", "configfs", "ioctl"] = "auto"
     tsm: str = "/sys/kernel/config/tsm/report"
+    tdx_guest: str = "/dev/tdx_guest"
+    qgs: str = "vsock:2"
     event_log: str = "/sys/firmware/acpi/tables/data/CCEL"
+    rtmr: str = "/sys/devices/virtual/misc/tdx_guest/measurements"
+    extend: Literal["required", "if-possible", "never"] = "required"
+    """Whether RTMR3 is extended with each volume before it is served; `required`: else it is not."""
+    runtime_log: str = "/run/tdxd-record/runtime-log"
+    """What RTMR3 was extended with in this boot: a file that must live as long as the boot."""
+
+    def __post_init__(self) -> None:
+        for name in ("tsm", "tdx_guest", "event_log", "rtmr", "runtime_log"):
+            path = getattr(self, name)
+            if not path.startswith("/"):
+                msg = f"{name} {path!r} is not an absolute path"
+                raise ValueError(msg)
+        parse_qgs_address(self.qgs)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

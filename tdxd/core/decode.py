@@ -130,7 +130,8 @@ def _required(field: dataclasses.Field[Any]) -> bool:
 
 
 def _join(path: str, key: object) -> str:
-    return f"{path}.{key}" if path else str(key)
+    text = str(key) if str(key).isprintable() else repr(key)  # it may be a stranger's
+    return f"{path}.{text}" if path else text
 
 
 def _known(fields: dict[str, Any]) -> str:
@@ -151,7 +152,10 @@ def _show(got: object) -> str:
         return "a table"
     if isinstance(got, list | tuple):
         return "a list"
-    text = repr(got)
+    try:
+        text = repr(got)
+    except ValueError:  # TOML's hex may have more digits than Python writes in decimal
+        return "a huge number"
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -190,7 +194,11 @@ def decode_canonical(data: bytes, *, source: str, max_bytes: int) -> object:
     unsorted key, or not of minimal length.
     """
     value = strict_map(data, source=source, max_bytes=max_bytes)
-    if encode_canonical(value) != data:
+    try:
+        canonical = encode_canonical(value) == data
+    except (RecursionError, ValueError):  # nested more deeply than anything of ours
+        canonical = False
+    if not canonical:
         msg = f"{source}: msgpack is not in canonical form"
         raise DataError(msg)
     return value

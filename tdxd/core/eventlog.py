@@ -192,7 +192,11 @@ class _Reader:
         """Say whether only padding is left.
 
         Four 0xFF bytes are no MR index, and twelve 0x00 bytes no event with a digest: neither
-        can begin an event, so padding that is not uniform is an error of the next read.
+        can begin an event, so padding that is not uniform is an error of the next read, and the
+        rest is looked at as a whole at most once.
         """
+        head = self._data[self.offset : self.offset + _EVENT_HEADER.size]
+        if head.strip(b"\0") and head.strip(b"\xff"):
+            return False
         rest = self._data[self.offset :]
         return rest in (bytes(len(rest)), b"\xff" * len(rest))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import hashlib
 from collections.abc import Sequence
 
@@ -19,12 +20,14 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import (
 )
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from tdxd.core.decode import decode, decode_canonical, encode_canonical
 from tdxd.core.volume_id import check_volume_id
-from tdxd.errors import ProtocolError, RemoteProtocolError
+from tdxd.errors import DataError, ProtocolError, RemoteProtocolError, TdxdError
 
 __all__ = [
     "ANSWER_MAX_BYTES",
     "CHALLENGE_PATH",
+    "LEASE_MAX_S",
     "NONCE_BYTES",
     "PASSING_REASONS",
     "RELEASE_PATH",
@@ -34,6 +37,7 @@ __all__ = [
     "TOKEN_KEY_BYTES",
     "TOKEN_LIFETIME_MAX_S",
     "Evidence",
+    "Released",
     "Status",
     "TokenClaims",
     "VerdictFields",
@@ -42,7 +46,10 @@ __all__ = [
     "decode_token",
     "encode_list",
     "encode_lp",
+    "encode_released",
     "encode_token",
+    "log_digest",
+    "parse_released",
     "report_data",
     "sealed_info",
     "sign_answer",
@@ -73,6 +80,9 @@ _IV_BYTES = 12
 _DEPLOYMENT_BYTES = 16
 _TOKEN_PLAIN_BYTES = NONCE_BYTES + 8 + _DEPLOYMENT_BYTES
 TOKEN_BYTES = _KEY_ID_BYTES + _IV_BYTES + _TOKEN_PLAIN_BYTES + 16
+
+LEASE_MAX_S = 30 * 86400
+_RELEASED_MAX_BYTES = 16 * 1024
 
 _REPORT_DATA_LABEL = b"tdxd/key-release/v1"
 _ANSWER_LABEL = b"tdxd/key-release-answer/v1"
@@ -162,9 +172,15 @@ def report_data(
         + encode_lp(public_key)
         + encode_list(volume_ids)
         + encode_lp(signing_key_sha256)
-        + encode_lp(hashlib.sha384(event_log).digest())
-        + encode_lp(hashlib.sha384(runtime_log).digest())
+        + encode_lp(log_digest(event_log))
+        + encode_lp(log_digest(runtime_log))
     ).digest()
+
+
+@functools.lru_cache(maxsize=4)
+def log_digest(log: bytes) -> bytes:
+    """Return the SHA-384 of a log: 48 bytes. Kept: guests of one image all send the same log."""
+    return hashlib.sha384(log).digest()
 
 
 # --- challenge tokens ---------------------------------------------------------
@@ -222,6 +238,46 @@ def decode_token(token: bytes, *, keys: Sequence[bytes]) -> TokenClaims:
         expiry_s=int.from_bytes(plain[NONCE_BYTES:][:8], "big"),
         deployment=plain[NONCE_BYTES + 8 :],
     )
+
+
+# --- what is sealed -----------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class Released:
+    """What the HPKE ciphertext of a verdict holds; the bundle in it is secret.
+
+    After `lease_s` seconds without another release the guest closes the volume; 0: it never has to.
+    """
+
+    bundle: bytes
+    lease_s: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.lease_s <= LEASE_MAX_S:
+            raise ValueError(f"lease_s {self.lease_s} is not 0 to {LEASE_MAX_S}")
+
+
+def encode_released(bundle: bytes, lease_s: int) -> bytes:
+    """Encode an encoded bundle and its lease as canonical msgpack; the result is secret."""
+    assert 0 <= lease_s <= LEASE_MAX_S
+    return encode_canonical({"bundle": bundle, "lease_s": lease_s})
+
+
+def parse_released(plain: bytes, *, error: type[TdxdError]) -> Released:
+    """Decode what `encode_released` made, at most 16 KiB.
+
+    Raises: `error`; no message shows a byte of the bundle.
+    """
+    source = "released bundle"
+    try:
+        value = decode_canonical(plain, source=source, max_bytes=_RELEASED_MAX_BYTES)
+        return decode(Released, value, source=source, error=DataError)
+    except DataError:  # its text, and so its traceback, may show what the field holds
+        hint = "do guest and key server have the same version?"
+        raise error(
+            "what the key server sealed is not a bundle and its lease", hint=hint
+        ) from None
 
 
 # --- the answer ---------------------------------------------------------------

@@ -1,40 +1,38 @@
-"""The policy of one volume, and the pure appraisal of a quote that was already verified.
+"""The policy of one volume: what a TD and its platform must be, and what is released to it.
 
-A policy is TOML text, decoded strictly. Every value of the TD report is either pinned by it or must
-be zero; what stands nowhere is refused. The appraisal never stops at the first mismatch: its result
-is the table that `tdx-keyd explain` prints.
+A policy is TOML text, decoded strictly: an unknown key is an error, and so is a value that could
+never let anything pass. What stands nowhere is refused: see `core.appraisal`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import datetime as dt
 import re
 import tomllib
-from typing import Literal
+from typing import Any, Literal
 
+from tdxd.core.check import Check
 from tdxd.core.decode import decode
-from tdxd.core.quote import (
-    TD_ATTRIBUTE_BITS,
-    TdReport,
-    td_attribute_names,
-    td_attributes_bytes,
-)
+from tdxd.core.event_rules import EventLogRules, ReferenceLog, RuntimeRules
+from tdxd.core.quote import TD_ATTRIBUTE_BITS
+from tdxd.core.showing import LATEST_S
 from tdxd.errors import ConfigError
 
 __all__ = [
+    "ANY",
+    "FATAL_ATTRIBUTES",
+    "LEASE_S",
     "TCB_STATUSES",
     "Check",
     "Policy",
     "ReleaseRules",
     "RtmrSet",
     "TdxRules",
-    "VerifiedQuote",
-    "appraise_platform",
-    "appraise_report",
     "parse_policy",
 ]
 
-_NEVER = (
+FATAL_ATTRIBUTES = (
     "DEBUG",
     "HGS_PLUS_PROF",
     "PERF_PROF",
@@ -43,6 +41,8 @@ _NEVER = (
     "MIGRATABLE",
 )
 """Attributes with which somebody outside can look into the TD; dcap-qvl refuses them always."""
+NEEDED_ATTRIBUTE = "SEPT_VE_DISABLE"
+"""Without it the host can make the guest run its own exception handler; dcap-qvl wants it."""
 
 TCB_STATUSES = (
     "UpToDate",
@@ -66,22 +66,24 @@ _TcbStatus = Literal[
     "TDRelaunchAdvised",
     "TDRelaunchAdvisedConfigurationNeeded",
 ]
-_ANY = "any"
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Check:
-    """One line of an appraisal: what was expected, what was found, and whether it passed."""
-
-    name: str
-    expected: str
-    actual: str
-    ok: bool
+ANY = "any"
+"""Written in place of a list: no value is compared, on purpose."""
+_MAY_BE_ANY = ("platforms", "mr_seam")
+GRACE_DAYS_MAX = 3650
+LEASE_S = (60, 30 * 86400)
+"""A shorter lease could not be renewed in time; a longer one would revoke nothing."""
+_TIMES = ("not_before", "not_after")
+_NUMBER_END = 2**31
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
+_ADVISORY = re.compile(r"INTEL-[A-Z]{2,8}-\d{1,8}")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RtmrSet:
-    """The four runtime registers of one guest image, 48 bytes each in hex."""
+    """The four runtime registers of one guest image, 48 bytes each in hex.
+
+    `rtmr3` is what the boot left there: extensions by a guest that serves stand in its runtime log.
+    """
 
     name: str
     rtmr0: str
@@ -90,6 +92,9 @@ class RtmrSet:
     rtmr3: str
 
     def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name):
+            text = f"name {self.name!r} is not 1 to 64 of A-Z a-z 0-9 . _ + -"
+            raise ValueError(text)
         for index, value in enumerate(self.values):
             _hex(f"rtmr{index}", value, 48)
 
@@ -103,10 +108,16 @@ class RtmrSet:
 class TdxRules:
     """What a TD and its platform must be.
 
-    Lists are sets of allowed values in hex, in the byte order of the quote. `xfam` and `mr_seam`
-    are not compared where empty; `mr_config_id`, `mr_owner` and
-    `mr_owner_config` must be zero then.
-    `platforms` lists PPIDs, 16 bytes each in hex, or is the string "any": it must be written.
+    Lists are sets of allowed values in hex, in the byte order of the quote. `platforms` lists
+    PPIDs, 16 bytes each, or is the string "any": it must be written. `mr_seam` is compared unless
+    it is absent or "any"; without `xfam` the known features pass, but for those that trace;
+    `mr_config_id`, `mr_owner` and `mr_owner_config` must be zero unless given.
+
+    A status of `tcb_status` with an entry in `tcb_grace_days` passes only for so many days after
+    the date of the platform's TCB level, the oldest where several count. `advisories_allowed`
+    absent allows all that are not refused. `min_tee_tcb_svn`: 16 bytes, each at least so high.
+    `dynamic_platform` (several packages, or packages may be added), `smt` (hyper-threading) and
+    `cached_keys` say which platforms may be so: practically all of the clouds' are.
     """
 
     mrtd: tuple[str, ...]
@@ -120,43 +131,120 @@ class TdxRules:
     mr_config_id: tuple[str, ...] = ()
     mr_owner: tuple[str, ...] = ()
     mr_owner_config: tuple[str, ...] = ()
+    tcb_grace_days: dict[str, int] = dataclasses.field(default_factory=dict)
+    advisories_allowed: tuple[str, ...] | None = None
+    advisories_refused: tuple[str, ...] = ()
+    min_tcb_evaluation: int = 0
+    min_tee_tcb_svn: str | None = None
+    dynamic_platform: bool = True
+    smt: bool = True
+    cached_keys: bool = True
 
     def __post_init__(self) -> None:
         for name in ("mrtd", "rtmr", "tcb_status", "platforms"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty, so nothing could ever pass")
         for name in ("mrtd", "mr_seam", "mr_config_id", "mr_owner", "mr_owner_config"):
-            for value in getattr(self, name):
-                _hex(name, value, 48)
-        for value in self.xfam:
-            _hex("xfam", value, 8)
-        if self.platforms != (_ANY,):
-            for value in self.platforms:
-                _hex("platforms", value, 16)
+            _hexes(name, getattr(self, name), 48)
+        _hexes("xfam", self.xfam, 8)
+        _hexes("platforms", self.platforms, 16)
+        if self.min_tee_tcb_svn is not None:
+            _hex("min_tee_tcb_svn", self.min_tee_tcb_svn, 16)
+        _unique("rtmr", [item.name for item in self.rtmr])
+        self._check_attributes()
+        self._check_tcb()
+
+    def _check_attributes(self) -> None:
         for value in self.td_attributes:
-            if value not in TD_ATTRIBUTE_BITS or value in _NEVER:
-                known = ", ".join(n for n in TD_ATTRIBUTE_BITS if n not in _NEVER)
+            if value not in TD_ATTRIBUTE_BITS or value in FATAL_ATTRIBUTES:
+                known = ", ".join(
+                    name for name in TD_ATTRIBUTE_BITS if name not in FATAL_ATTRIBUTES
+                )
                 raise ValueError(f"td_attributes: {value!r} is not one of {known}")
+        if NEEDED_ATTRIBUTE not in self.td_attributes:
+            text = (
+                f"td_attributes has no {NEEDED_ATTRIBUTE}, so nothing could ever pass"
+            )
+            raise ValueError(text)
+
+    def _check_tcb(self) -> None:
+        for status, days in self.tcb_grace_days.items():
+            if status not in self.tcb_status or status == "UpToDate":
+                old = [one for one in self.tcb_status if one != "UpToDate"]
+                known = ", ".join(old) or "none: tcb_status lists UpToDate alone"
+                text = f"tcb_grace_days: {status!r} is not one of tcb_status ({known})"
+                raise ValueError(text)
+            if not 0 <= days <= GRACE_DAYS_MAX:
+                text = f"tcb_grace_days.{status} {days} is not 0 to {GRACE_DAYS_MAX}"
+                raise ValueError(text)
+        allowed = self.advisories_allowed or ()
+        for value in (*allowed, *self.advisories_refused):
+            if not _ADVISORY.fullmatch(value):
+                raise ValueError(f"advisory {value!r} is not like INTEL-SA-00837")
+        both = sorted(set(allowed) & set(self.advisories_refused))
+        if both:
+            raise ValueError(f"advisory {both[0]} is both allowed and refused")
+        if not 0 <= self.min_tcb_evaluation < _NUMBER_END:
+            text = f"min_tcb_evaluation {self.min_tcb_evaluation} is not 0 to 2^31 - 1"
+            raise ValueError(text)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ReleaseRules:
-    """How often and what is released; `current` is the highest generation in the store."""
+    """How often, when and what is released; `current` is the highest generation in the store.
+
+    `not_before` and `not_after` are unix seconds: releases happen in between, both included.
+    `lease_s`: the guest closes the volume when it ran out without another release; None: never.
+    """
 
     generations: Literal["current"] = "current"
     max_per_hour: int | None = None
+    lease_s: int | None = None
+    not_before: int | None = None
+    not_after: int | None = None
 
     def __post_init__(self) -> None:
-        if self.max_per_hour is not None and self.max_per_hour < 1:
-            raise ValueError(f"max_per_hour {self.max_per_hour} is not greater than 0")
+        if self.max_per_hour is not None and not 0 < self.max_per_hour < _NUMBER_END:
+            raise ValueError(f"max_per_hour {self.max_per_hour} is not 1 to 2^31 - 1")
+        low, high = LEASE_S
+        if self.lease_s is not None and not low <= self.lease_s <= high:
+            raise ValueError(f"lease_s {self.lease_s} is not {low} to {high}")
+        for name in _TIMES:
+            moment = getattr(self, name)
+            if moment is not None and not 0 <= moment < LATEST_S:
+                raise ValueError(f"{name} is not in the years 1970 to 9998")
+        if (
+            self.not_before is not None
+            and self.not_after is not None
+            and self.not_before > self.not_after
+        ):
+            raise ValueError("not_before is later than not_after: nothing could pass")
+
+
+_NO_LOG_RULES = EventLogRules()
+_VOLUMES_ONLY = RuntimeRules()
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
-    """The policy of one volume."""
+    """The policy of one volume.
+
+    A `reference` names a set of `tdx.rtmr`: it says which event departs, and decides nothing.
+    """
 
     tdx: TdxRules
     release: ReleaseRules = ReleaseRules()
+    event_log: EventLogRules = _NO_LOG_RULES
+    runtime: RuntimeRules = _VOLUMES_ONLY
+    reference: tuple[ReferenceLog, ...] = ()
+
+    def __post_init__(self) -> None:
+        names = [item.name for item in self.tdx.rtmr]
+        _unique("reference", [item.name for item in self.reference])
+        for item in self.reference:
+            if item.name not in names:
+                text = f"reference {item.name!r} is no set of tdx.rtmr ({', '.join(names)})"
+                raise ValueError(text)
 
 
 def parse_policy(text: str, *, source: str = "policy") -> Policy:
@@ -166,12 +254,45 @@ def parse_policy(text: str, *, source: str = "policy") -> Policy:
     """
     try:
         table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as exc:
+    except (ValueError, RecursionError) as exc:  # also of numbers of too many digits
         raise ConfigError(f"{source}: not valid TOML: {exc}") from exc
     tdx = table.get("tdx")
-    if isinstance(tdx, dict) and tdx.get("platforms") == _ANY:
-        table["tdx"] = {**tdx, "platforms": [_ANY]}
+    if isinstance(tdx, dict):
+        table["tdx"] = {
+            key: [ANY] if key in _MAY_BE_ANY and value == ANY else value
+            for key, value in tdx.items()
+        }
+    release = table.get("release")
+    if isinstance(release, dict):
+        table["release"] = {
+            key: _seconds(f"{source}: release.{key}", value) if key in _TIMES else value
+            for key, value in release.items()
+        }
     return decode(Policy, table, source=source)
+
+
+def _seconds(where: str, value: Any) -> int:
+    """Read a moment: a TOML date-time with an offset, or RFC 3339 text."""
+    hint = "write it like 2026-11-30T00:00:00Z"
+    moment = value
+    if isinstance(value, str):
+        try:
+            moment = dt.datetime.fromisoformat(value)
+        except ValueError as exc:
+            raise ConfigError(f"{where}: {value!r} is no moment", hint=hint) from exc
+    if not isinstance(moment, dt.datetime) or moment.utcoffset() is None:
+        shown = repr(value) if isinstance(value, str | int | float) else str(value)
+        text = f"{where}: {shown[:60]} is not a date with time and UTC offset"
+        raise ConfigError(text, hint=hint)
+    return int(moment.timestamp())
+
+
+def _hexes(name: str, values: tuple[str, ...], size: int) -> None:
+    if name in _MAY_BE_ANY and values == (ANY,):
+        return
+    for value in values:
+        _hex(name, value, size)
+    _unique(name, [value.lower() for value in values])
 
 
 def _hex(name: str, value: str, size: int) -> None:
@@ -179,113 +300,9 @@ def _hex(name: str, value: str, size: int) -> None:
         raise ValueError(f"{name}: {value!r} is not {size} bytes in hex")
 
 
-# --- the appraisal ------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class VerifiedQuote:
-    """What the verification of a quote proved about the TD and its platform.
-
-    `ppid` and `fmspc` in hex; `root_key_sha384` names the root that signed; `simulated` says that
-    this root is not Intel's.
-    """
-
-    report: TdReport
-    tcb_status: str
-    advisory_ids: tuple[str, ...]
-    tcb_evaluation: int
-    ppid: str
-    fmspc: str
-    root_key_sha384: str
-    simulated: bool
-
-
-def appraise_report(rules: TdxRules, report: TdReport) -> tuple[Check, ...]:
-    """Compare every identity of a TD with the policy."""
-    wanted = td_attributes_bytes(rules.td_attributes)
-    return (
-        _one_of("mr_td", rules.mrtd, report.mr_td),
-        *_rtmrs(rules.rtmr, report.rtmrs),
-        Check(
-            name="td_attributes",
-            expected=_attributes(wanted),
-            actual=_attributes(report.td_attributes),
-            ok=report.td_attributes == wanted,
-        ),
-        _pinned("xfam", rules.xfam, report.xfam),
-        _pinned("mr_seam", rules.mr_seam, report.mr_seam),
-        _zero_or("mr_config_id", rules.mr_config_id, report.mr_config_id),
-        _zero_or("mr_owner", rules.mr_owner, report.mr_owner),
-        _zero_or("mr_owner_config", rules.mr_owner_config, report.mr_owner_config),
-        _zero_or("mr_service_td", (), report.mr_service_td or bytes(48)),
-        _zero_or("vmid", (), bytes([report.vmid or 0])),
-    )
-
-
-def appraise_platform(rules: TdxRules, verified: VerifiedQuote) -> tuple[Check, ...]:
-    """Compare what was proved about the machine with the policy."""
-    anywhere = rules.platforms == (_ANY,)
-    ppids = tuple(item.lower() for item in rules.platforms)
-    return (
-        Check(
-            name="tcb_status",
-            expected=" or ".join(rules.tcb_status),
-            actual=" ".join((verified.tcb_status, *verified.advisory_ids)),
-            ok=verified.tcb_status in rules.tcb_status,
-        ),
-        Check(
-            name="platform",
-            expected=" or ".join(ppids),
-            actual=verified.ppid,
-            ok=anywhere or verified.ppid in ppids,
-        ),
-        Check(
-            name="simulated",
-            expected="yes or no" if rules.simulated else "no",
-            actual="yes" if verified.simulated else "no",
-            ok=rules.simulated or not verified.simulated,
-        ),
-    )
-
-
-def _attributes(value: bytes) -> str:
-    return " ".join(td_attribute_names(value)) or "none"
-
-
-def _one_of(name: str, allowed: tuple[str, ...], actual: bytes) -> Check:
-    values = tuple(item.lower() for item in allowed)
-    found = actual.hex()
-    expected = " or ".join(values)
-    return Check(name=name, expected=expected, actual=found, ok=found in values)
-
-
-def _pinned(name: str, allowed: tuple[str, ...], actual: bytes) -> Check:
-    if not allowed:
-        return Check(name=name, expected="not pinned", actual=actual.hex(), ok=True)
-    return _one_of(name, allowed, actual)
-
-
-def _zero_or(name: str, allowed: tuple[str, ...], actual: bytes) -> Check:
-    return _one_of(name, allowed or (bytes(len(actual)).hex(),), actual)
-
-
-def _rtmrs(
-    sets: tuple[RtmrSet, ...], actual: tuple[bytes, bytes, bytes, bytes]
-) -> tuple[Check, ...]:
-    """Compare with the set that agrees in most registers; only a whole set passes."""
-    found = tuple(value.hex() for value in actual)
-
-    def agreement(item: RtmrSet) -> int:
-        pairs = zip(item.values, found, strict=True)
-        return sum(want.lower() == have for want, have in pairs)
-
-    nearest = max(sets, key=agreement)
-    return tuple(
-        Check(
-            name=f"rtmr{index}",
-            expected=f"{want.lower()} ({nearest.name})",
-            actual=have,
-            ok=want.lower() == have,
-        )
-        for index, (want, have) in enumerate(zip(nearest.values, found, strict=True))
-    )
+def _unique(name: str, values: list[str]) -> None:
+    seen = set()
+    for value in values:
+        if value in seen:
+            raise ValueError(f"{name}: {value!r} stands there twice")
+        seen.add(value)

@@ -72,7 +72,7 @@ BODY_TYPES = {2: BodyKind.TD10, 3: BodyKind.TD15, 4: BodyKind.TD15_EX}
 
 _TD10 = struct.Struct("<16s48s48s8s8s8s48s48s48s48s48s48s48s48s64s")
 _TD15_TAIL = struct.Struct("<16s48s")
-_TD15_EX_HEAD = struct.Struct("<B32s")
+_TD15_EX = struct.Struct("<B32s204s")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,8 +80,9 @@ class TdReport:
     """The body of a quote: what a policy reads. All fields are bytes as they stand there.
 
     Measurements are 48 bytes each, `tee_tcb_svn` 16, the attributes and `xfam` 8 (little-endian
-    bit sets), `report_data` 64, `td_id` 32. The last four are None where the body has no such
-    field: the first two before TD 1.5, the others before TD 1.5-ex.
+    bit sets), `report_data` 64, `td_id` 32. The last five are None where the body has no such
+    field: the first two before TD 1.5, the others before TD 1.5-ex. `ex_tail` is what follows
+    `td_id`, 204 bytes: of assigned devices and of service TDs that took part in the TD's making.
     """
 
     tee_tcb_svn: bytes
@@ -100,6 +101,7 @@ class TdReport:
     mr_service_td: bytes | None = None
     vmid: int | None = None
     td_id: bytes | None = None
+    ex_tail: bytes | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,11 +177,11 @@ def _check_signature_data(data: bytes, offset: int) -> None:
 
 def _read_body(body: bytes, version: int, kind: BodyKind) -> Quote:
     fields = _TD10.unpack_from(body)
-    tcb_svn2 = service_td = td_id = vmid = None
+    tcb_svn2 = service_td = td_id = vmid = ex_tail = None
     if kind is not BodyKind.TD10:
         tcb_svn2, service_td = _TD15_TAIL.unpack_from(body, BODY_BYTES[BodyKind.TD10])
     if kind is BodyKind.TD15_EX:
-        vmid, td_id = _TD15_EX_HEAD.unpack_from(body, BODY_BYTES[BodyKind.TD15])
+        vmid, td_id, ex_tail = _TD15_EX.unpack_from(body, BODY_BYTES[BodyKind.TD15])
     return Quote(
         version=version,
         tee_type=TEE_TYPE_TDX,
@@ -200,6 +202,7 @@ def _read_body(body: bytes, version: int, kind: BodyKind) -> Quote:
         mr_service_td=service_td,
         vmid=vmid,
         td_id=td_id,
+        ex_tail=ex_tail,
     )
 
 

@@ -37,13 +37,14 @@ VERBS = {
     "wait": False,
     "health": False,
     "version": False,
+    "doctor": True,
     "mount": True,
     "unmount": True,
     "reload": True,
     "retry": True,
     "reexec": True,
 }
-"""Every verb, and whether it changes something (and so needs uid 0)."""
+"""Every verb, and whether it needs uid 0: it changes something, or (`doctor`) asks the host."""
 
 
 class RemoteError(TdxdError):

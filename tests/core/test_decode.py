@@ -134,12 +134,13 @@ def test_whatever_decodes_was_canonical(data: bytes) -> None:
         (b"\x82\xa1a\x01\xa1a\x02", "not valid msgpack"),  # the same key twice
         (b"\x82\xa1b\x01\xa1a\x02", "canonical"),  # keys out of order
         (b"\xd1\x00\x01", "canonical"),  # 1 as two bytes
+        (b"\x91" * 700 + b"\xc0", "canonical"),  # nested too deeply to be encoded again
         (b"\xc7\x01\x05x", "not valid msgpack"),  # an extension type
         (b"\x81\x01\x02", "not valid msgpack"),  # a number as key
         (msgpack.packb(1) + b"\0", "not valid msgpack"),  # something behind
-        (b"\0" * 100, "at most 99"),
+        (b"\0" * 1000, "at most 999"),
     ],
 )
 def test_what_is_not_canonical_is_refused(data: bytes, text: str) -> None:
     with pytest.raises(DataError, match=text):
-        decode_canonical(data, source="m", max_bytes=99)
+        decode_canonical(data, source="m", max_bytes=999)

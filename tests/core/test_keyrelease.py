@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tdxd.core import keyrelease as protocol
+from tdxd.core.decode import encode_canonical
 from tdxd.core.keyrelease import Evidence, TokenClaims, VerdictFields
-from tdxd.errors import LocalProtocolError, RemoteProtocolError
+from tdxd.errors import BadBundleError, LocalProtocolError, RemoteProtocolError
 
 TOKEN = bytes(range(protocol.TOKEN_BYTES))
 KEY = bytes(range(1, 33))
@@ -183,6 +184,61 @@ def test_every_bit_of_a_token_counts():
 def test_any_other_bytes_are_no_token(data):
     with pytest.raises(RemoteProtocolError):
         protocol.decode_token(data, keys=[KEY])
+
+
+# --- what is sealed -----------------------------------------------------------
+
+
+def test_released_is_canonical_msgpack_of_two_fields():
+    """Written out from the msgpack specification."""
+    expected = b"\x82\xa6bundle\xc4\x03xyz\xa7lease_s\xcd\x0e\x10"
+    assert protocol.encode_released(b"xyz", 3600) == expected
+    released = protocol.parse_released(expected, error=BadBundleError)
+    assert (released.bundle, released.lease_s) == (b"xyz", 3600)
+    assert "xyz" not in repr(released)
+
+
+@given(st.binary(max_size=9000), st.integers(0, protocol.LEASE_MAX_S))
+def test_released_round_trip(bundle, lease_s):
+    plain = protocol.encode_released(bundle, lease_s)
+    released = protocol.parse_released(plain, error=BadBundleError)
+    assert (released.bundle, released.lease_s) == (bundle, lease_s)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"bundle": b"xyz"},
+        {"lease_s": 0},
+        {"bundle": b"xyz", "lease_s": -1},
+        {"bundle": b"xyz", "lease_s": protocol.LEASE_MAX_S + 1},
+        {"bundle": b"xyz", "lease_s": True},
+        {"bundle": b"xyz", "lease_s": None},
+        {"bundle": b"xyz", "lease_s": 60.0},
+        {"bundle": "xyz", "lease_s": 60},
+        {"bundle": b"xyz", "lease_s": 60, "more": 1},
+        {"bundle": bytes(17000), "lease_s": 60},
+        [b"xyz", 60],
+    ],
+)
+def test_bad_released_is_refused_and_not_shown(value):
+    with pytest.raises(BadBundleError) as caught:
+        protocol.parse_released(encode_canonical(value), error=BadBundleError)
+    assert "xyz" not in caught.value.message
+    assert caught.value.__suppress_context__
+    assert caught.value.hint
+
+
+@given(st.binary(max_size=64))
+def test_any_other_bytes_are_not_released(data):
+    with pytest.raises(BadBundleError):
+        protocol.parse_released(data, error=BadBundleError)
+
+
+def test_released_in_another_order_is_refused():
+    plain = b"\x82\xa7lease_s\x00\xa6bundle\xc4\x03xyz"
+    with pytest.raises(BadBundleError):
+        protocol.parse_released(plain, error=BadBundleError)
 
 
 # --- evidence -----------------------------------------------------------------

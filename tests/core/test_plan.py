@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tdxd.core import plan
 from tdxd.core.plan import (
     Failure,
+    LeaseSeen,
     ServerSeen,
     ServingGoal,
     ServingSeen,
@@ -22,6 +23,7 @@ from tdxd.core.plan import (
     Wait,
 )
 from tdxd.errors import (
+    ConfigError,
     DeniedError,
     IntegrityError,
     NotReadyError,
@@ -31,7 +33,9 @@ from tdxd.errors import (
 
 NOW = 1000.0
 TAG = (1, 2, 3)
-FULL = VolumeSeen(image_tag=TAG, mapped=True, mounted=True)
+FULL = VolumeSeen(image_tag=TAG, mapped=True, mounted=True, recorded=True)
+LATER = LeaseSeen(until_s=NOW + 3600, renew_s=NOW + 1800)
+OVER = LeaseSeen(until_s=NOW, renew_s=NOW - 1800)
 
 ERRORS = [UnreachableError("x"), DeniedError("x"), IntegrityError("x")]
 
@@ -49,28 +53,44 @@ def do(seen: VolumeSeen, action: plan.VolumeAction) -> VolumeSeen:
             return dataclasses.replace(seen, keyed=False, mapped=True)
         case plan.Mount():
             return dataclasses.replace(seen, mounted=True, failure=None)
+        case plan.Record():
+            return dataclasses.replace(seen, recorded=True)
+        case plan.Renew():
+            return dataclasses.replace(seen, lease=LATER)
         case plan.Unmount():
             return dataclasses.replace(seen, mounted=False)
         case plan.Unmap():
-            return dataclasses.replace(seen, mapped=False, intact=True)
+            return dataclasses.replace(seen, mapped=False, intact=True, lease=None)
         case plan.ForgetKey():
-            return dataclasses.replace(seen, keyed=False)
+            return dataclasses.replace(seen, keyed=False, lease=None)
     return seen
+
+
+@st.composite
+def leases(draw) -> LeaseSeen:
+    """One that lasts, is due, is being renewed, or is over."""
+    return LeaseSeen(
+        until_s=NOW + draw(st.sampled_from([-1, 0, 0.5, 60])),
+        renew_s=draw(st.sampled_from([None, NOW - 30, NOW, NOW + 30])),
+    )
 
 
 @st.composite
 def volumes(draw) -> VolumeSeen:
     mapped = draw(st.booleans())
+    keyed = draw(st.booleans()) and not mapped
     error = draw(st.sampled_from([None, *ERRORS]))
     until_s = draw(st.sampled_from([NOW - 1, NOW + 5]))
     return VolumeSeen(
         image_tag=draw(st.sampled_from([None, TAG, (9,)])),
-        keyed=draw(st.booleans()) and not mapped,
+        keyed=keyed,
         mapped=mapped,
         mounted=mapped and draw(st.booleans()),
+        recorded=draw(st.booleans()),
         intact=not mapped or draw(st.booleans()),
         in_use=draw(st.booleans()),
         failure=failure(error, until_s=until_s) if error else None,
+        lease=draw(st.none() | leases()) if keyed or mapped else None,
     )
 
 
@@ -124,9 +144,109 @@ def test_a_resting_volume_that_failed_holds_no_key_and_no_device(
         assert (seen.keyed, seen.mapped) == (False, False)
 
 
+@given(volumes())
+def test_a_wanted_volume_ends_mounted_recorded_and_leased_or_rests_for_a_reason(
+    seen: VolumeSeen,
+) -> None:
+    """From everywhere, with what is used let go at once; no step is done twice for nothing."""
+    seen = dataclasses.replace(seen, in_use=False)
+    for _ in range(12):
+        step = plan.plan_volume(wanted=True, seen=seen, now_s=NOW)
+        if isinstance(step.action, Wait):
+            break
+        changed = do(seen, step.action)
+        assert changed != seen
+        seen = changed
+    if step.state is VolumeState.MOUNTED:
+        assert (seen.mapped, seen.mounted, seen.recorded) == (True, True, True)
+        assert seen.lease is None or seen.lease.until_s > NOW
+        return
+    assert (seen.keyed, seen.mapped, seen.mounted) == (False, False, False)
+    assert seen.failure is not None or seen.image_tag is None
+
+
+@given(volumes(), st.booleans())
+def test_nothing_stays_open_past_its_lease(seen: VolumeSeen, wanted: bool) -> None:
+    """Whoever wants it: the next step closes, or waits for the model server that uses it."""
+    if not (seen.keyed or seen.mapped):
+        return
+    seen = dataclasses.replace(seen, lease=OVER)
+    assert plan.forfeited(seen, NOW)
+    step = plan.plan_volume(wanted=wanted, seen=seen, now_s=NOW)
+    assert step.state is VolumeState.CLOSING
+    if seen.in_use:
+        assert step.action == Wait()
+    else:
+        assert isinstance(step.action, plan.Unmount | plan.Unmap | plan.ForgetKey)
+
+
+@given(volumes())
+def test_a_volume_is_never_counted_open_before_it_is_recorded(seen: VolumeSeen) -> None:
+    step = plan.plan_volume(wanted=True, seen=seen, now_s=NOW)
+    if step.state is VolumeState.MOUNTED:
+        assert seen.recorded
+
+
+@given(st.floats(0, 1e7), st.floats(0, 1e7))
+def test_no_renewal_waits_past_the_lease_but_for_its_last_second(
+    pause_s: float, left_s: float
+) -> None:
+    wait_s = plan.renewal_pause_s(pause_s, left_s=left_s)
+    assert wait_s <= max(1.0, left_s / 2)
+    assert wait_s >= 1.0  # and they do not come without end
+
+
 @pytest.mark.parametrize(
     ("seen", "state", "action"),
     [
+        (
+            dataclasses.replace(FULL, recorded=False),
+            VolumeState.MAPPED,
+            plan.Record(),
+        ),
+        (
+            dataclasses.replace(FULL, lease=LATER),
+            VolumeState.MOUNTED,
+            Wait(NOW + 1800),
+        ),
+        (
+            dataclasses.replace(
+                FULL, lease=LeaseSeen(until_s=NOW + 9, renew_s=NOW + 99)
+            ),
+            VolumeState.MOUNTED,
+            Wait(NOW + 9),
+        ),
+        (
+            dataclasses.replace(FULL, lease=LeaseSeen(until_s=NOW + 9, renew_s=NOW)),
+            VolumeState.MOUNTED,
+            plan.Renew(),
+        ),
+        (
+            dataclasses.replace(FULL, lease=LeaseSeen(until_s=NOW + 9, renew_s=None)),
+            VolumeState.MOUNTED,
+            Wait(NOW + 9),
+        ),
+        (
+            dataclasses.replace(FULL, lease=OVER, in_use=True),
+            VolumeState.CLOSING,
+            Wait(),
+        ),
+        (dataclasses.replace(FULL, lease=OVER), VolumeState.CLOSING, plan.Unmount()),
+        (
+            VolumeSeen(image_tag=TAG, keyed=True, lease=OVER),
+            VolumeState.CLOSING,
+            plan.ForgetKey(),
+        ),
+        (
+            VolumeSeen(
+                image_tag=TAG,
+                mapped=True,
+                mounted=True,
+                failure=failure(UnreachableError("x")),
+            ),
+            VolumeState.CLOSING,
+            plan.Unmount(),
+        ),
         (VolumeSeen(image_tag=None), VolumeState.ABSENT, Wait()),
         (VolumeSeen(image_tag=TAG), VolumeState.ATTESTING, plan.Attest()),
         (VolumeSeen(image_tag=TAG, keyed=True), VolumeState.KEYED, plan.Map()),
@@ -141,6 +261,11 @@ def test_a_resting_volume_that_failed_holds_no_key_and_no_device(
             VolumeSeen(image_tag=TAG, failure=failure(DeniedError("x"))),
             VolumeState.DENIED,
             Wait(NOW + 5),
+        ),
+        (
+            VolumeSeen(image_tag=(9,), failure=failure(ConfigError("x"), until_s=NOW)),
+            VolumeState.FAILED,
+            Wait(),
         ),
         (
             VolumeSeen(image_tag=TAG, failure=failure(IntegrityError("x"))),
@@ -214,7 +339,9 @@ def do_serving(
             left = tuple(one for one in seen.servers if one.slot != slot)
             return dataclasses.replace(seen, servers=left)
         case plan.StopFront():
-            return dataclasses.replace(seen, front_key=None, active=None)
+            return dataclasses.replace(
+                seen, front_key=None, front_revoked=False, active=None
+            )
     return seen
 
 
@@ -227,12 +354,16 @@ def servings(draw) -> ServingSeen:
             models_key=draw(st.sampled_from(["m0", "m1", "m2"])),
             ready=draw(st.booleans()),
             drained=draw(st.booleans()),
+            revoked=draw(st.booleans()),
         )
         for slot in slots
     )
     front = draw(st.sampled_from([None, "f0", "f1"]))
     active = draw(st.sampled_from(["a", "b"])) if front else None
-    return ServingSeen(servers=servers, front_key=front, active=active)
+    revoked = front is not None and draw(st.booleans())
+    return ServingSeen(
+        servers=servers, front_key=front, front_revoked=revoked, active=active
+    )
 
 
 @given(servings())
@@ -244,8 +375,9 @@ def test_serving_reaches_its_goal_from_everywhere(seen: ServingSeen) -> None:
         seen = do_serving(seen, step.action, GOAL)
     assert step.state is ServingState.READY
     (server,) = seen.servers
-    assert (server.models_key, server.ready) == ("m1", True)
+    assert (server.models_key, server.ready, server.revoked) == ("m1", True, False)
     assert (seen.front_key, seen.active) == ("f1", server.slot)
+    assert not seen.front_revoked
 
 
 @given(servings())
@@ -270,11 +402,40 @@ def test_the_front_never_leaves_a_ready_server_for_one_that_is_not(
             assert target.ready
         if isinstance(step.action, plan.StopServer):
             active = [
-                one for one in seen.servers if one.slot == seen.active and one.ready
+                one
+                for one in seen.servers
+                if one.slot == seen.active and one.ready and not one.revoked
             ]
             if active and step.action.slot == seen.active:
                 pytest.fail("stopped the server that the front routes to")
         seen = do_serving(seen, step.action, GOAL)
+
+
+@given(servings(), st.sampled_from([GOAL, None]))
+def test_a_server_that_sees_a_revoked_volume_never_waits(
+    seen: ServingSeen, goal: ServingGoal | None
+) -> None:
+    """No start, no drain and no pause comes before its end: two quick steps at most."""
+    seen = dataclasses.replace(seen, failure=failure(NotReadyError("x")))
+    for _ in range(4):
+        if not seen.front_revoked and not any(one.revoked for one in seen.servers):
+            return
+        step = plan.plan_serving(goal, seen, NOW)
+        assert isinstance(
+            step.action, plan.SwitchFront | plan.StopServer | plan.StopFront
+        )
+        seen = do_serving(seen, step.action, GOAL)
+    assert not seen.front_revoked
+    assert not any(one.revoked for one in seen.servers)
+
+
+def test_callers_of_a_revoked_volume_move_on_if_there_is_where_to() -> None:
+    old = ServerSeen(slot="a", models_key="m0", ready=True, revoked=True)
+    new = ServerSeen(slot="b", models_key="m1", ready=True)
+    seen = ServingSeen(servers=(old, new), front_key="f1", active="a")
+    assert plan.plan_serving(GOAL, seen, NOW).action == plan.SwitchFront("b")
+    alone = dataclasses.replace(seen, servers=(old,))
+    assert plan.plan_serving(GOAL, alone, NOW).action == plan.StopServer("a")
 
 
 def test_serving_rests_after_a_failure_while_the_old_server_goes_on() -> None:

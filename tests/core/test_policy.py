@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import datetime as dt
+import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tdxd.core.policy import (
+from tdxd.core.appraisal import (
+    PckFlags,
     VerifiedQuote,
     appraise_platform,
     appraise_report,
-    parse_policy,
+    appraise_time,
 )
+from tdxd.core.policy import ReleaseRules, TdxRules, parse_policy
 from tdxd.core.quote import TdReport, td_attributes_bytes
 from tdxd.errors import ConfigError
 
+NOW = 1_790_000_000
 ZERO = "00" * 48
 GOOD = f"""
 [tdx]
@@ -56,11 +62,14 @@ REPORT = TdReport(
 )
 VERIFIED = VerifiedQuote(
     report=REPORT,
+    verified_at_s=NOW,
     tcb_status="UpToDate",
+    tcb_date_s=NOW - 100 * 86400,
     advisory_ids=(),
     tcb_evaluation=20,
     ppid="ab" * 16,
     fmspc="B0C06F000000",
+    flags=PckFlags(dynamic_platform=True, smt=True, cached_keys=True),
     root_key_sha384="00",
     simulated=False,
 )
@@ -74,7 +83,8 @@ def failed(text=GOOD, **changes):
 
 def failed_platform(text=GOOD, **changes):
     rules = parse_policy(text).tdx
-    checks = appraise_platform(rules, dataclasses.replace(VERIFIED, **changes))
+    verified = dataclasses.replace(VERIFIED, **changes)
+    checks = appraise_platform(rules, verified, NOW)
     return [check.name for check in checks if not check.ok]
 
 
@@ -149,7 +159,27 @@ def test_pins_are_compared_where_written():
     assert failed(text) == []
     assert failed(text, xfam=bytes(8)) == ["xfam"]
     assert failed(text, mr_seam=bytes(48)) == ["mr_seam"]
-    assert failed(xfam=bytes(8), mr_seam=bytes(48)) == []
+    assert failed(mr_seam=bytes(48)) == []
+
+
+@pytest.mark.parametrize(
+    ("xfam", "good"),
+    [
+        ("e702060000000000", True),  # Alibaba, bare metal
+        ("e718060000000000", True),  # Azure: CET, no PKRU
+        ("e700060000000000", True),  # Google
+        ("e742060000000000", True),  # user interrupts
+        ("0300000000000000", True),
+        ("0000000000000000", False),
+        ("0200000000000000", False),
+        ("ffffffffffffffff", False),
+        ("e703060000000000", False),  # processor trace
+        ("e782060000000000", False),  # last branch records
+        ("e702060000000080", False),
+    ],
+)
+def test_unpinned_features_are_known_ones_that_do_not_trace(xfam, good):
+    assert failed(xfam=bytes.fromhex(xfam)) == ([] if good else ["xfam"])
 
 
 def test_pinned_config_id_is_required():
@@ -206,10 +236,60 @@ def test_simulated_must_be_written():
         ('"UpToDate"', '"uptodate"', "tdx.tcb_status[0]: expected one of"),
         ("11" * 48, "11" * 47, "is not 48 bytes in hex"),
         ("a1" * 48, "zz" * 48, "tdx.rtmr[0]: rtmr1"),
-        ("600", "0", "max_per_hour 0 is not greater than 0"),
+        ("600", "0", "max_per_hour 0 is not 1 to 2"),
         ("600", "true", "release.max_per_hour: expected a whole number"),
+        ("600", "2147483648", "max_per_hour 2147483648 is not 1 to 2"),
+        ("600", "0x" + "f" * 5000, "release: Exceeds the limit"),
+        ('"any"', '"any"\nmin_tcb_evaluation = 0x' + "f" * 5000, "Exceeds the limit"),
+        ('"any"', '"any"\nsmt = 0x' + "f" * 5000, "tdx.smt: expected true or false"),
         ('"current"', '"all"', "release.generations: expected one of 'current'"),
         ("[tdx]", "[tdx", "not valid TOML"),
+        ('["SEPT_VE_DISABLE"]', "[]", "has no SEPT_VE_DISABLE, so nothing could"),
+        ('"any"', '"any"\nxfam = ["00"]', "xfam: '00' is not 8 bytes in hex"),
+        ('"any"', '"any"\nmr_seam = "all"', "tdx.mr_seam: expected a list"),
+        ('"any"', '"any"\nxfam = "any"', "tdx.xfam: expected a list"),
+        ('"any"', '"any"\nmin_tee_tcb_svn = "00"', "is not 16 bytes in hex"),
+        ('"any"', '"any"\nmin_tcb_evaluation = -1', "-1 is not 0 to 2"),
+        ('"any"', '"any"\ntcb_grace_days = { OutOfDate = 1 }', "not one of tcb_status"),
+        ('"any"', '"any"\ntcb_grace_days = { UpToDate = 1 }', "not one of tcb_status"),
+        ('"any"', '"any"\ntcb_grace_days = { SWHardeningNeeded = -1 }', "not 0 to"),
+        (
+            '"any"',
+            '"any"\ntcb_grace_days = { SWHardeningNeeded = "1" }',
+            "whole number",
+        ),
+        ('"any"', '"any"\nadvisories_refused = ["SA-1"]', "not like INTEL-SA-00837"),
+        (
+            '"any"',
+            '"any"\nadvisories_refused = ["INTEL-SA-1"]\nadvisories_allowed = ["INTEL-SA-1"]',
+            "both allowed and refused",
+        ),
+        ('"any"', '"any"\nsmt = "yes"', "tdx.smt: expected true or false"),
+        ("11" * 48 + '"', "11" * 48 + '", "' + "11" * 48 + '"', "stands there twice"),
+        ('name = "new"', 'name = "old"', "rtmr: 'old' stands there twice"),
+        ('name = "new"', 'name = "n w"', "is not 1 to 64 of"),
+        ("600", "600\nlease_s = 59", "lease_s 59 is not 60 to 2592000"),
+        ("600", "600\nlease_s = 2592001", "lease_s 2592001 is not 60 to"),
+        ("600", "600\nnot_after = 5", "release.not_after: 5 is not a date with time"),
+        ("600", '600\nnot_after = "soon"', "release.not_after: 'soon' is no moment"),
+        ("600", "600\nnot_after = 2026-01-01", "2026-01-01 is not a date with time"),
+        ("600", "600\nnot_after = 2026-01-01T00:00:00", "and UTC offset"),
+        ("600", '600\nnot_after = "2026-01-01T00:00:00"', "and UTC offset"),
+        ("600", "600\nnot_after = 0001-01-01T00:00:00+14:00", "years 1970 to"),
+        ("600", "600\nnot_after = 1969-12-31T00:00:00Z", "years 1970 to 9998"),
+        ("600", "600\nnot_after = 2026-02-30T00:00:00Z", "not valid TOML"),
+        (
+            "600",
+            "600\nnot_before = 2026-01-02T00:00:00Z\nnot_after = 2026-01-01T00:00:00Z",
+            "not_before is later than not_after",
+        ),
+        ("600", "600\n[event_log]\nneeded = true", "event_log.needed: unknown key"),
+        ("600", "600\n[runtime]\nallow = 1", "runtime.allow: expected a list"),
+        (
+            "600",
+            '600\n[[reference]]\nname = "x"',
+            "reference 'x' is no set of tdx.rtmr",
+        ),
     ],
 )
 def test_bad_policy_names_the_key(old, new, message):
@@ -223,6 +303,197 @@ def test_bad_policy_names_the_key(old, new, message):
 def test_empty_policy_is_refused():
     with pytest.raises(ConfigError, match="tdx: missing"):
         parse_policy("")
+
+
+MOMENT = 1_767_225_600  # 2026-01-01T00:00:00Z
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "2026-01-01T00:00:00Z",
+        "2026-01-01T01:00:00+01:00",
+        '"2026-01-01T00:00:00Z"',
+        '"2025-12-31T19:00:00-05:00"',
+        "2026-01-01 00:00:00Z",
+    ],
+)
+def test_moments_may_be_written_in_each_way(text):
+    policy = parse_policy(GOOD.replace("600", f"600\nnot_before = {text}"))
+    assert policy.release.not_before == MOMENT
+
+
+def test_time_is_compared_at_both_ends():
+    limits = "not_before = 2026-01-01T00:00:00Z\nnot_after = 2026-01-01T00:00:10Z"
+    rules = parse_policy(GOOD.replace("600", f"600\n{limits}")).release
+    for offset, wrong in (
+        (-1, ["not_before"]),
+        (0, []),
+        (10.9, []),
+        (11, ["not_after"]),
+    ):
+        checks = appraise_time(rules, MOMENT + offset)
+        assert [one.name for one in checks if not one.ok] == wrong
+    assert appraise_time(parse_policy(GOOD).release, NOW) == ()
+
+
+def with_tdx(line):
+    return GOOD.replace('"any"', f'"any"\n{line}')
+
+
+@pytest.mark.parametrize(("days", "age", "passes"), [(30, 30, True), (30, 31, False)])
+def test_grace_counts_from_the_date_of_the_level(days, age, passes):
+    text = with_tdx(f"tcb_grace_days = {{ SWHardeningNeeded = {days} }}")
+    changes = {"tcb_status": "SWHardeningNeeded", "tcb_date_s": NOW - age * 86400}
+    assert failed_platform(text, **changes) == ([] if passes else ["tcb_grace"])
+    assert failed_platform(text, tcb_date_s=0) == []  # up to date at any age
+
+
+@pytest.mark.parametrize(
+    ("line", "found", "passes"),
+    [
+        ("", ("INTEL-SA-1",), True),
+        ('advisories_refused = ["INTEL-SA-1"]', ("INTEL-SA-1",), False),
+        ('advisories_refused = ["INTEL-SA-1"]', ("INTEL-SA-2",), True),
+        ('advisories_allowed = ["INTEL-SA-1"]', ("INTEL-SA-1",), True),
+        ('advisories_allowed = ["INTEL-SA-1"]', ("INTEL-SA-1", "INTEL-SA-2"), False),
+        ("advisories_allowed = []", ("INTEL-SA-1",), False),
+        ("advisories_allowed = []", (), True),
+    ],
+)
+def test_advisories(line, found, passes):
+    wrong = failed_platform(with_tdx(line), advisory_ids=found)
+    assert wrong == ([] if passes else ["advisories"])
+
+
+@pytest.mark.parametrize("name", ["dynamic_platform", "smt", "cached_keys"])
+@pytest.mark.parametrize("value", [True, False, None])
+def test_what_a_platform_may_be(name, value):
+    flags = dataclasses.replace(VERIFIED.flags, **{name: value})
+    assert failed_platform(flags=flags) == []
+    wrong = failed_platform(with_tdx(f"{name} = false"), flags=flags)
+    assert wrong == ([] if value is False else [name])  # not to know is not "no"
+
+
+@pytest.mark.parametrize(
+    ("floor", "passes"),
+    [("00" * 16, True), ("01" + "00" * 15, False), ("00" * 15 + "01", False)],
+)
+def test_floor_of_the_module(floor, passes):
+    wrong = failed(with_tdx(f'min_tee_tcb_svn = "{floor}"'))
+    assert wrong == ([] if passes else ["tee_tcb_svn"])
+
+
+def test_evaluation_floor_and_clock():
+    assert failed_platform(with_tdx("min_tcb_evaluation = 20")) == []
+    assert failed_platform(with_tdx("min_tcb_evaluation = 21")) == ["tcb_evaluation"]
+    assert failed_platform(verified_at_s=NOW - 1) == ["tcb_clock"]
+
+
+def test_module_may_be_any_when_written():
+    assert failed(with_tdx('mr_seam = "any"'), mr_seam=bytes(48)) == []
+
+
+def test_long_lists_are_shown_shortly():
+    """Every check of every decision is recorded: a list of all hosts must not be."""
+    ppids = [f"{index:032x}" for index in range(5000)]
+    text = GOOD.replace('"any"', json.dumps(ppids))
+    rules = parse_policy(text).tdx
+    for ppid, ok in ((ppids[77], True), ("ff" * 16, False)):
+        checks = appraise_platform(rules, dataclasses.replace(VERIFIED, ppid=ppid), NOW)
+        (check,) = [one for one in checks if one.name == "platform"]
+        assert check.ok is ok
+        assert len(check.expected) < 200
+        assert check.expected.endswith(f" or {4999 if ok else 4996} others")
+
+
+def test_initial_rtmr3_stands_for_the_register():
+    rules = parse_policy(GOOD).tdx
+    served = dataclasses.replace(REPORT, rtmrs=(*REPORT.rtmrs[:3], b"\7" * 48))
+    names = {
+        given: [
+            one.name
+            for one in appraise_report(rules, served, initial_rtmr3=given)
+            if not one.ok
+        ]
+        for given in (None, bytes(48))
+    }
+    assert names == {None: ["rtmr3"], bytes(48): []}
+
+
+SCALARS = st.one_of(
+    st.booleans(),
+    st.integers(-(2**70), 2**70),
+    st.floats(allow_nan=False),
+    st.text(max_size=20),
+    st.datetimes(),
+    st.sampled_from(["any", "UpToDate", "OutOfDate", "11" * 48, "00" * 16]),
+)
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    ),
+    max_leaves=6,
+)
+KEYS = st.sampled_from(
+    [field.name for field in dataclasses.fields(TdxRules)]
+    + [field.name for field in dataclasses.fields(ReleaseRules)]
+    + ["tdx", "release", "event_log", "runtime", "reference", "name", "required"]
+)
+
+
+def toml(value):
+    """Write any of VALUES as TOML."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, dt.datetime):
+        return value.isoformat()
+    if isinstance(value, list):
+        return "[" + ", ".join(map(toml, value)) + "]"
+    if isinstance(value, dict):
+        pairs = (f"{quoted(key)} = {toml(one)}" for key, one in value.items())
+        return "{" + ", ".join(pairs) + "}"
+    return quoted(value) if isinstance(value, str) else repr(value)
+
+
+def trouble_of(text):
+    try:
+        parse_policy(text, source="p")
+    except ConfigError as exc:
+        return exc.message
+    return "none"
+
+
+def quoted(text):
+    return '"' + "".join(f"\\U{ord(one):08X}" for one in text) + '"'
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    tables=st.dictionaries(
+        st.sampled_from(["tdx", "release", "event_log", "runtime", "reference"]),
+        st.dictionaries(KEYS, VALUES, max_size=4),
+        max_size=3,
+    )
+)
+def test_any_values_are_a_policy_or_an_error(tables):
+    """Also values of the right keys and of surprising types end as an error that names a path."""
+    text = "".join(f"{name} = {toml(table)}\n" for name, table in tables.items())
+    assert trouble_of(text).startswith(("p: ", "none"))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    at=st.integers(0, len(GOOD) - 1), new=st.text(max_size=3), size=st.integers(0, 3)
+)
+def test_a_mangled_policy_is_a_policy_or_an_error(at, new, size):
+    text = GOOD[:at] + new + GOOD[at + size :]
+    with contextlib.suppress(ConfigError):
+        policy = parse_policy(text, source="p")
+        assert policy.tdx.mrtd
+        assert policy.tdx.platforms
 
 
 @given(st.text(max_size=200))

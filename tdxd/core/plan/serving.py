@@ -1,0 +1,232 @@
+"""Serving: the model servers and the front, and the table of their states."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+
+from tdxd.core.plan.failure import Failure, Wait
+from tdxd.errors import Retry
+
+__all__ = [
+    "SLOTS",
+    "DrainServer",
+    "PollReady",
+    "ServerSeen",
+    "ServingAction",
+    "ServingGoal",
+    "ServingPlan",
+    "ServingSeen",
+    "ServingState",
+    "StartFront",
+    "StartServer",
+    "StopFront",
+    "StopServer",
+    "SwitchFront",
+    "plan_serving",
+]
+
+
+class ServingState(enum.Enum):
+    """What serving is doing, as `status` shows it."""
+
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"
+    STOPPED = "stopped"
+    BACKOFF = "backoff"
+    FAILED = "failed"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StartServer:
+    """Start a model server for the goal in this slot of the front."""
+
+    slot: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PollReady:
+    """Ask the starting model server for the state of its models."""
+
+    slot: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StartFront:
+    """Start the front, routing to this slot."""
+
+    slot: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SwitchFront:
+    """Route new streams to this slot."""
+
+    slot: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DrainServer:
+    """Wait until no stream goes to this slot, or its drain time is over."""
+
+    slot: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StopServer:
+    """End the model server in this slot."""
+
+    slot: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StopFront:
+    """Drain and end the front."""
+
+
+ServingAction = (
+    StartServer
+    | PollReady
+    | StartFront
+    | SwitchFront
+    | DrainServer
+    | StopServer
+    | StopFront
+    | Wait
+)
+
+SLOTS = ("a", "b")
+"""The front's two fixed server slots: one serves, the other is the next or the last one."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ServingGoal:
+    """What should be served: a key for the set of models, and one for the front's settings."""
+
+    models_key: str
+    front_key: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ServerSeen:
+    """A living model server. `drained`: no stream goes to it any more.
+
+    `revoked`: it sees a volume that must be closed now, whoever still calls it.
+    """
+
+    slot: str
+    models_key: str
+    ready: bool = False
+    drained: bool = False
+    revoked: bool = False
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ServingSeen:
+    """What was observed of the children. `front_key` and `active` are `None` without a front.
+
+    `front_revoked`: the front's certificate is from a volume that must be closed now.
+    """
+
+    servers: tuple[ServerSeen, ...] = ()
+    front_key: str | None = None
+    front_revoked: bool = False
+    active: str | None = None
+    failure: Failure | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ServingPlan:
+    """The state to show and the one thing to do."""
+
+    state: ServingState
+    action: ServingAction
+
+
+def plan_serving(
+    goal: ServingGoal | None, seen: ServingSeen, now_s: float
+) -> ServingPlan:
+    """Decide the next action of serving; `None` as goal means that nothing should run.
+
+    A changed set of models is started beside the old one, the front moves over, the old one
+    drains and stops: so no request fails. A changed front (other certificate or address) is
+    restarted. What holds something of a revoked volume does not wait for any of this.
+    """
+    if goal is None:
+        return _stop_serving(seen)
+    if seen.front_key is not None and seen.front_revoked:
+        return ServingPlan(ServingState.DRAINING, StopFront())
+    server = _matching(goal, seen)
+    revoked = next((one for one in seen.servers if one.revoked), None)
+    if revoked is not None:
+        return ServingPlan(ServingState.DRAINING, _cut_off(revoked, server, seen))
+    paused = _paused(seen.failure, now_s)
+    if server is None:
+        return paused or ServingPlan(ServingState.STARTING, _make_room(seen))
+    if not server.ready:
+        return ServingPlan(ServingState.STARTING, PollReady(server.slot))
+    if seen.front_key is None:
+        return paused or ServingPlan(ServingState.STARTING, StartFront(server.slot))
+    return _settle(goal, seen, server)
+
+
+def _cut_off(
+    revoked: ServerSeen, server: ServerSeen | None, seen: ServingSeen
+) -> SwitchFront | StopServer:
+    """Stop a server at once; only one that is ready already takes its callers over."""
+    if server is not None and server.ready and seen.active == revoked.slot:
+        return SwitchFront(server.slot)
+    return StopServer(revoked.slot)
+
+
+def _make_room(seen: ServingSeen) -> StartServer | StopServer:
+    """Start in a slot that the front does not use, after stopping what is left in it."""
+    spare = [slot for slot in SLOTS if slot != seen.active]
+    taken = {one.slot for one in seen.servers}
+    free = [slot for slot in spare if slot not in taken]
+    return StartServer(free[0]) if free else StopServer(spare[-1])
+
+
+def _settle(goal: ServingGoal, seen: ServingSeen, server: ServerSeen) -> ServingPlan:
+    """Bring the front to the ready server, then end the other one."""
+    if seen.front_key != goal.front_key:
+        return ServingPlan(ServingState.DRAINING, StopFront())
+    if seen.active != server.slot:
+        return ServingPlan(ServingState.DRAINING, SwitchFront(server.slot))
+    old = next((one for one in seen.servers if one.slot != server.slot), None)
+    if old is None:
+        return ServingPlan(ServingState.READY, Wait())
+    if old.drained:
+        return ServingPlan(ServingState.DRAINING, StopServer(old.slot))
+    return ServingPlan(ServingState.DRAINING, DrainServer(old.slot))
+
+
+def _matching(goal: ServingGoal, seen: ServingSeen) -> ServerSeen | None:
+    """Return the server of the goal's models, the one in use first."""
+    same = [
+        one
+        for one in seen.servers
+        if one.models_key == goal.models_key and not one.revoked
+    ]
+    return next((one for one in same if one.slot == seen.active), None) or next(
+        iter(same), None
+    )
+
+
+def _paused(failure: Failure | None, now_s: float) -> ServingPlan | None:
+    if failure is None:
+        return None
+    if failure.error.retry in (Retry.OPERATOR, Retry.NEVER):
+        return ServingPlan(ServingState.FAILED, Wait())
+    if now_s < failure.until_s:
+        return ServingPlan(ServingState.BACKOFF, Wait(failure.until_s))
+    return None
+
+
+def _stop_serving(seen: ServingSeen) -> ServingPlan:
+    if seen.front_key is not None:
+        return ServingPlan(ServingState.DRAINING, StopFront())
+    if seen.servers:
+        return ServingPlan(ServingState.DRAINING, StopServer(seen.servers[0].slot))
+    return ServingPlan(ServingState.STOPPED, Wait())
