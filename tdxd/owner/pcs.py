@@ -1,47 +1,88 @@
-"""Fetches collateral from Intel's PCS or from a PCCS, over HTTP with bounds on time and size.
+"""Fetches collateral from Intel's PCS or from a PCCS, within bounds on time and size.
+
+Nothing fetched is believed: every part is signed under Intel's root and verified afterwards
+(`collateral_verify`), so a PCCS may be asked over plain http. Intel itself is asked over TLS only.
 
 Source: Intel PCS API version 4: /tdx/certification/v4/tcb, /tdx/certification/v4/qe/identity,
 /sgx/certification/v4/pckcrl; the root CRL from Intel's distribution point, or from a PCCS under
-/sgx/certification/v4/rootcacrl. Nothing fetched is believed before it is verified.
+/sgx/certification/v4/rootcacrl. Intel PCCS, QuoteGeneration/pccs/controllers: older ones call the
+header of the TCB info SGX-TCB-Info-Issuer-Chain, and give CRLs as hex digits.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import http.client
+import functools
 import json
 import re
+import ssl
 import time
-import urllib.error
 import urllib.parse
-import urllib.request
 from email.message import Message
+from pathlib import Path
 
-from tdxd.errors import DataError, UnavailableError
+from tdxd.errors import ConfigError, DataError
+from tdxd.owner import bounded_http
+from tdxd.owner.collateral_config import INTEL_PCS_URL
 
-__all__ = ["INTEL_PCS_URL", "PcsSource", "fetch_collateral"]
+__all__ = ["INTEL_PCS_URL", "PcsSource", "check_question", "fetch_collateral"]
 
-INTEL_PCS_URL = "https://api.trustedservices.intel.com"
 INTEL_ROOT_CRL_URL = "https://certificates.trustedservices.intel.com/IntelSGXRootCA.der"
-_MAX_BYTES = 1024 * 1024
-_CHUNK_BYTES = 65536
+_TCB_CHAIN = ("TCB-Info-Issuer-Chain", "SGX-TCB-Info-Issuer-Chain")
+_IDENTITY_CHAIN = ("SGX-Enclave-Identity-Issuer-Chain",)
+_CRL_CHAIN = ("SGX-PCK-CRL-Issuer-Chain",)
+_CHAIN_MAX_BYTES = 32768
+_API_PATH = re.compile(r"/(sgx|tdx)/certification/v\d+/*$")
+"""Intel's own client is configured with this path, ours without."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PcsSource:
-    """Where collateral comes from; `timeout_s` is for all requests of one set together."""
+    """Where collateral comes from; `timeout_s` is for all requests of one set together.
+
+    `tls_ca` names a PEM file of CAs for https, instead of the system's.
+    """
 
     url: str
     root_crl_url: str | None = None
     timeout_s: float = 10.0
+    tls_ca: Path | None = None
+
+    def base(self) -> str:
+        """Return the address before /sgx and /tdx."""
+        return _API_PATH.sub("", self.url).rstrip("/")
 
     def root_crl(self) -> str:
         """Return the address of the root CA's revocation list."""
         if self.root_crl_url is not None:
             return self.root_crl_url
-        if self.url.rstrip("/") == INTEL_PCS_URL:
+        if self.base() == INTEL_PCS_URL:
             return INTEL_ROOT_CRL_URL
-        return self.url.rstrip("/") + "/sgx/certification/v4/rootcacrl"
+        return self.base() + "/sgx/certification/v4/rootcacrl"
+
+    def tls(self) -> ssl.SSLContext | None:
+        """Return how https is to be spoken; None stands for the system's CAs.
+
+        Raises: ConfigError.
+        """
+        return None if self.tls_ca is None else _tls_context(self.tls_ca)
+
+
+@functools.lru_cache(maxsize=4)
+def _tls_context(tls_ca: Path) -> ssl.SSLContext:
+    try:
+        return ssl.create_default_context(cafile=str(tls_ca))
+    except (OSError, ssl.SSLError) as exc:
+        raise ConfigError(f"tls_ca {tls_ca}: {exc}") from exc
+
+
+def check_question(fmspc: str, ca: str) -> None:
+    """Raise DataError unless this is 12 upper-case hex digits and "platform" or "processor"."""
+    if not re.fullmatch(r"[0-9A-F]{12}", fmspc) or ca not in {"platform", "processor"}:
+        raise DataError(
+            f"no collateral for the FMSPC {fmspc!r} and CA {ca!r}",
+            hint="an FMSPC has 12 upper-case hex digits; the CA is platform or processor",
+        )
 
 
 def fetch_collateral(source: PcsSource, fmspc: str, ca: str) -> str:
@@ -50,78 +91,46 @@ def fetch_collateral(source: PcsSource, fmspc: str, ca: str) -> str:
     Returns the JSON that `dcap_qvl.QuoteCollateralV3.from_json` reads, without a PCK chain: the
     one in the quote is used.
 
-    Raises: UnavailableError, DataError.
+    Raises: UnavailableError, DataError, ConfigError.
     """
-    if not re.fullmatch(r"[0-9A-F]{12}", fmspc) or ca not in {"platform", "processor"}:
-        raise DataError(f"no collateral for the FMSPC {fmspc!r} and CA {ca!r}")
-    base = source.url.rstrip("/")
-    stop = time.monotonic() + source.timeout_s
-    tcb, tcb_headers = _get(f"{base}/tdx/certification/v4/tcb?fmspc={fmspc}", stop)
-    qe, qe_headers = _get(f"{base}/tdx/certification/v4/qe/identity", stop)
+    check_question(fmspc, ca)
+    base, tls = source.base(), source.tls()
+    stop_s = time.monotonic() + source.timeout_s
+    ask = functools.partial(bounded_http.get, stop_s=stop_s, tls=tls)
+    tcb, tcb_headers = ask(f"{base}/tdx/certification/v4/tcb?fmspc={fmspc}")
+    qe, qe_headers = ask(f"{base}/tdx/certification/v4/qe/identity")
     crl_url = f"{base}/sgx/certification/v4/pckcrl?ca={ca}&encoding=der"
-    crl, crl_headers = _get(crl_url, stop)
-    root_crl, _ = _get(source.root_crl(), stop)
+    crl, crl_headers = ask(crl_url)
+    root_crl, _ = ask(source.root_crl())
     tcb_info, tcb_signature = _signed(tcb, "tcbInfo")
     identity, identity_signature = _signed(qe, "enclaveIdentity")
     return json.dumps(
         {
-            "pck_crl_issuer_chain": _chain(crl_headers, "SGX-PCK-CRL-Issuer-Chain"),
+            "pck_crl_issuer_chain": _chain(crl_headers, _CRL_CHAIN),
             "root_ca_crl": _der(root_crl, "root CA CRL").hex(),
             "pck_crl": _der(crl, "PCK CRL").hex(),
-            "tcb_info_issuer_chain": _chain(tcb_headers, "TCB-Info-Issuer-Chain"),
+            "tcb_info_issuer_chain": _chain(tcb_headers, _TCB_CHAIN),
             "tcb_info": tcb_info,
             "tcb_info_signature": tcb_signature,
-            "qe_identity_issuer_chain": _chain(
-                qe_headers, "SGX-Enclave-Identity-Issuer-Chain"
-            ),
+            "qe_identity_issuer_chain": _chain(qe_headers, _IDENTITY_CHAIN),
             "qe_identity": identity,
             "qe_identity_signature": identity_signature,
         }
     )
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect is an error: the owner named the address to be asked."""
-
-    def redirect_request(self, *_args: object, **_kwargs: object) -> None:
-        return None
-
-
-# No proxy from the environment either.
-_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirect())
-
-
-def _get(url: str, stop_s: float) -> tuple[bytes, Message]:
-    """Fetch one document before the monotonic time `stop_s`."""
-    left_s = stop_s - time.monotonic()
-    if left_s <= 0:
-        raise UnavailableError(f"collateral: no time left for {url}")
-    try:
-        with _OPENER.open(url, timeout=left_s) as response:
-            body = b""
-            while chunk := response.read1(_CHUNK_BYTES):
-                body += chunk
-                if len(body) > _MAX_BYTES:
-                    raise DataError(
-                        f"collateral: {url} has more than {_MAX_BYTES} bytes"
-                    )
-                if time.monotonic() > stop_s:
-                    raise UnavailableError(f"collateral: {url} takes too long")
-            return body, response.headers
-    except urllib.error.HTTPError as exc:
-        exc.close()
-        raise UnavailableError(f"collateral: {url}: HTTP status {exc.code}") from exc
-    except (OSError, http.client.HTTPException) as exc:
-        reason = getattr(exc, "reason", None) or exc
-        raise UnavailableError(f"collateral: {url}: {reason}") from exc
-
-
-def _chain(headers: Message, name: str) -> str:
+def _chain(headers: Message, names: tuple[str, ...]) -> str:
     """Return a PEM chain, which these services send URL-encoded in a header."""
-    value = headers.get(name)
+    value = next((headers[name] for name in names if name in headers), None)
     if value is None:
-        raise DataError(f"collateral: header {name} is missing")
-    return urllib.parse.unquote(value)
+        raise DataError(
+            f"collateral: header {' or '.join(names)} is missing",
+            hint="does the address belong to a PCS or PCCS of API version 4?",
+        )
+    chain = urllib.parse.unquote(value, errors="replace")
+    if len(chain) > _CHAIN_MAX_BYTES or "-----BEGIN CERTIFICATE-----" not in chain:
+        raise DataError(f"collateral: header {names[0]} holds no certificates")
+    return chain
 
 
 def _signed(body: bytes, key: str) -> tuple[str, str]:
@@ -147,7 +156,7 @@ def _signed(body: bytes, key: str) -> tuple[str, str]:
 
 def _der(body: bytes, what: str) -> bytes:
     """Return a CRL as DER; PCS sends DER or PEM, some PCCS versions hex digits."""
-    if body.startswith(b"\x30"):
+    if body[:2] in {b"\x30\x81", b"\x30\x82", b"\x30\x83"}:
         return body
     try:
         text = body.decode("ascii").strip()
