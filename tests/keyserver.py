@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
+import functools
 import os
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from tdxd.core.bundle import KeyBundle, Manifest
-from tdxd.core.config import Address, KeyReleaseConfig
+from tdxd.core.config import Address, KeyReleaseConfig, PlatformConfig
 from tdxd.core.secret import Secret
+from tdxd.errors import TdxdError
+from tdxd.guest.events import Events
 from tdxd.guest.keyfetch import Connect, Fetched, fetch_bundles
+from tdxd.guest.leased import Leased
+from tdxd.guest.runtime_record import RuntimeRecord
 from tdxd.host.ports import Host, Tsm
 from tdxd.host.rpc import GrpcKeyServer
 from tdxd.owner import authority
 from tdxd.owner.admin import add_bundle
+from tdxd.owner.keyd_assembly import make_keyd
 from tdxd.owner.keyd_config import read_config
 from tdxd.owner.keyd_init import GuestPin, InitOptions, ServerTls, init_store, read_tls
-from tdxd.owner.keyd_serve import Service, make_keyd, start_server
+from tdxd.owner.limits import LimitsConfig
+from tdxd.owner.rpc_server import RpcServer, Service
 from tdxd.owner.store import AuditRecord, Store
 from tdxd.sim.collateral import Collateral
 from tdxd.sim.pccs import PccsServer
@@ -32,10 +41,13 @@ __all__ = [
     "Owner",
     "Platform",
     "make_bundle",
+    "no_record",
     "opened_owner",
     "policy_text",
     "serving",
 ]
+
+T = TypeVar("T")
 
 LOOPBACK = Address("127.0.0.1", 0)
 
@@ -98,6 +110,14 @@ def policy_text(platform: SimPlatform, **changes: str) -> str:
     release = lines.pop("release", "")
     body = "".join(f"{key} = {value}\n" for key, value in lines.items() if value)
     return f"[tdx]\n{body}{release}"
+
+
+def no_record(directory: Path) -> RuntimeRecord:
+    """The record of a guest whose kernel cannot extend RTMR3."""
+    platform = PlatformConfig(
+        extend="never", runtime_log=str(directory / "no-runtime-log")
+    )
+    return RuntimeRecord(cast("Any", None), platform, events=Events())
 
 
 @dataclasses.dataclass
@@ -165,17 +185,39 @@ class Owner:
         tsm: Tsm | None = None,
         config: KeyReleaseConfig | None = None,
         connect: Connect = GrpcKeyServer,
+    ) -> dict[str, KeyBundle | TdxdError]:
+        """Fetch as a guest on this platform does; without the leases."""
+        found = await self.fetch_leased(
+            *volume_ids, tsm=tsm, config=config, connect=connect
+        )
+        return {
+            name: one.bundle if isinstance(one, Leased) else one
+            for name, one in found.items()
+        }
+
+    async def fetch_leased(
+        self,
+        *volume_ids: str,
+        tsm: Tsm | None = None,
+        record: RuntimeRecord | None = None,
+        config: KeyReleaseConfig | None = None,
+        connect: Connect = GrpcKeyServer,
     ) -> Fetched:
-        """Fetch as a guest on this platform does."""
+        """Fetch as a guest on this platform does, whose runtime record is `record`."""
         host = Host(
             tsm=tsm or Guest(self.platform),
+            rtmr=cast("Any", None),
             mapper=cast("Any", None),
             mounts=cast("Any", None),
             children=cast("Any", None),
             random_bytes=os.urandom,
         )
         return await fetch_bundles(
-            volume_ids, config=config or self.config(), host=host, connect=connect
+            volume_ids,
+            config=config or self.config(),
+            host=host,
+            record=record or no_record(self.directory.parent),
+            connect=connect,
         )
 
     def last(self) -> AuditRecord:
@@ -191,14 +233,42 @@ class Owner:
         }
 
 
+@functools.cache
+def _server_loop() -> asyncio.AbstractEventLoop:
+    """One event loop for all servers of the tests, in a thread that ends with the process.
+
+    grpcio's asyncio servers of several loops in one process disturb each other.
+    """
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="servers", daemon=True).start()
+    return loop
+
+
+def in_server_loop(work: Coroutine[Any, Any, T]) -> T:
+    """Run something in the thread of the servers and wait for it."""
+    return asyncio.run_coroutine_threadsafe(work, _server_loop()).result(60)
+
+
+NO_LIMITS = LimitsConfig(
+    challenges_per_s=1e6,
+    releases_per_s=1e6,
+    peer_challenges_per_s=1e6,
+    peer_releases_per_s=1e6,
+)
+"""Tests ask faster than a fleet of guests; those about limits set their own."""
+
+
 @contextlib.contextmanager
-def serving(service: Service, tls: ServerTls) -> Iterator[Address]:
+def serving(
+    service: Service, tls: ServerTls, limits: LimitsConfig = NO_LIMITS
+) -> Iterator[Address]:
     """Answer on a loopback port, over real gRPC and TLS."""
-    server, port = start_server(service, LOOPBACK, tls, share_port=False)
+    server = RpcServer(service, tls, limits, share_port=False)
+    port = in_server_loop(server.start(LOOPBACK))
     try:
         yield Address("127.0.0.1", port)
     finally:
-        server.stop(None).wait()
+        in_server_loop(server.stop(0))
 
 
 @contextlib.contextmanager

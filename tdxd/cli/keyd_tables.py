@@ -1,21 +1,14 @@
-"""How tdx-keyd shows volumes, audit records and denials: plain tables, one line a row."""
+"""How tdx-keyd shows volumes and audit records: plain tables, one line a row."""
 
 from __future__ import annotations
 
-import datetime as dt
 from collections.abc import Mapping, Sequence
 
+from tdxd.cli.keyd_explain import check_rows
+from tdxd.core.showing import when
 from tdxd.owner.store import AuditRecord, Store
 
-__all__ = ["audit_row", "print_denial", "print_table", "volume", "when"]
-
-_WIDE = 48
-"""Longer values stand on lines of their own in a denial: registers have 96 digits."""
-
-
-def when(at_s: int) -> str:
-    """Write unix time as ISO 8601, UTC."""
-    return dt.datetime.fromtimestamp(at_s, dt.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+__all__ = ["audit_row", "print_table", "volume", "when"]
 
 
 def volume(store: Store, volume_id: str) -> dict[str, object]:
@@ -42,16 +35,14 @@ def audit_row(record: AuditRecord) -> dict[str, object]:
         "simulated": record.simulated,
         "peer": record.peer,
         "policy_version": record.policy_version,
+        "lease_s": record.lease_s,
         "report_data": record.report_data,
-        "checks": [
-            {
-                "name": check.name,
-                "expected": check.expected,
-                "actual": check.actual,
-                "ok": check.ok,
-            }
-            for check in record.checks
-        ],
+        "request_sha384": record.request_sha384,
+        "quote_sha256": record.quote_sha256,
+        "event_log_sha384": record.event_log_sha384,
+        "runtime_log_sha384": record.runtime_log_sha384,
+        "nonce_sha256": record.nonce_sha256,
+        "checks": check_rows(record.checks),
     }
 
 
@@ -73,29 +64,3 @@ def _cell(value: object) -> str:
     if isinstance(value, list):
         return " ".join(str(item) for item in value) or "-"
     return str(value)
-
-
-def print_denial(record: AuditRecord) -> None:
-    """Print every check of a denial, the failed ones marked and with whole values."""
-    simulated = ", simulated platform" if record.simulated else ""
-    print(
-        f"denial {record.denial_id} at {when(record.at_s)} to {record.peer}{simulated}"
-    )
-    print(
-        f"volume {record.volume_id}, policy version {record.policy_version or 'none'}"
-    )
-    print(f"reason {record.reason}")
-    print()
-    width = max(len(check.name) for check in record.checks)
-    print(f"     {'CHECK'.ljust(width)}  EXPECTED / ACTUAL")
-    for check in record.checks:
-        name = check.name.ljust(width)
-        if check.ok:
-            print(f"ok   {name}  {_short(check.actual)}")
-        else:
-            print(f"FAIL {name}  expected {check.expected}")
-            print(f"     {''.ljust(width)}  actual   {check.actual}")
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= _WIDE else text[: _WIDE - 1] + "…"

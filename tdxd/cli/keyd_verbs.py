@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-__all__ = ["add_verb", "now_s", "print_json"]
+__all__ = ["add_kek", "add_verb", "now_s", "print_json"]
 
 
 def add_verb(
@@ -23,6 +23,16 @@ def add_verb(
     if json_too:
         parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
+
+
+def add_kek(parser: argparse.ArgumentParser) -> None:
+    """Let a verb that authenticates rows find the private half of the key-encryption key."""
+    parser.add_argument(
+        "--kek",
+        type=Path,
+        metavar="FILE",
+        help="private half of the key-encryption key (default: STORE/kek.private)",
+    )
 
 
 def print_json(value: object) -> int:

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from tdxd.cli.boundary import Parser, run
-from tdxd.cli.keyd_audit import add_audit_verbs
+from tdxd.cli.keyd_audit import add_audit_verbs, add_backup_verbs
+from tdxd.cli.keyd_collateral import add_collateral_verbs
+from tdxd.cli.keyd_keys import add_keys_verbs
 from tdxd.cli.keyd_policy import add_policy_verbs
-from tdxd.cli.keyd_verbs import add_verb, now_s, print_json
+from tdxd.cli.keyd_verbs import add_kek, add_verb, now_s, print_json
 
 __all__ = ["main", "run_command"]
 
@@ -43,14 +45,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_init(verbs)
     _add_volume_verbs(verbs)
     add_policy_verbs(verbs)
+    add_collateral_verbs(verbs)
     add_audit_verbs(verbs)
-    serve = add_verb(
-        verbs, "serve", _serve, "answer guests until SIGTERM", json_too=False
-    )
-    serve.add_argument(
-        "--share-port",
-        action="store_true",
-        help="let several of these processes listen on one port",
+    add_keys_verbs(verbs)
+    add_backup_verbs(verbs)
+    add_kek(
+        add_verb(verbs, "serve", _serve, "answer guests until SIGTERM", json_too=False)
     )
     return parser
 
@@ -87,6 +87,7 @@ def _add_volume_verbs(verbs: Any) -> None:
     add = add_verb(verbs, "add", _add, "add the key bundle of a sealed image")
     add.add_argument("bundle", metavar="BUNDLE", type=Path)
     add.add_argument("--policy", type=Path, metavar="FILE", help="set the policy, too")
+    add_kek(add)
     add_verb(verbs, "list", _list, "list the volumes")
     show = add_verb(verbs, "show", _show, "show one volume")
     show.add_argument("id", metavar="ID")
@@ -95,6 +96,7 @@ def _add_volume_verbs(verbs: Any) -> None:
     )
     remove.add_argument("id", metavar="ID")
     remove.add_argument("--generation", type=int, metavar="N")
+    add_kek(remove)
 
 
 # --- the verbs ----------------------------------------------------------------
@@ -128,7 +130,9 @@ def _init(options: argparse.Namespace) -> int:
 def _add(options: argparse.Namespace) -> int:
     from tdxd.owner.admin import add_bundle
 
-    row = add_bundle(options.store, options.bundle, options.policy, now_s())
+    row = add_bundle(
+        options.store, options.bundle, options.policy, now_s(), kek_file=options.kek
+    )
     if options.json:
         return print_json(
             {
@@ -179,7 +183,9 @@ def _show(options: argparse.Namespace) -> int:
 def _remove(options: argparse.Namespace) -> int:
     from tdxd.owner.admin import remove_volume
 
-    gone = remove_volume(options.store, options.id, options.generation)
+    gone = remove_volume(
+        options.store, options.id, options.generation, now_s(), kek_file=options.kek
+    )
     if options.json:
         return print_json({"id": options.id, "generations_removed": gone})
     print(f"removed {options.id}: {gone} generation(s)")
@@ -187,13 +193,9 @@ def _remove(options: argparse.Namespace) -> int:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    from tdxd.host import machine
-    from tdxd.host.log import configure
     from tdxd.owner.keyd_serve import serve
 
-    machine.harden()
-    configure()
-    return serve(options.store, share_port=options.share_port)
+    return serve(options.store, options.kek)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from tdxd.core.bundle import KeyBundle
 from tdxd.core.policy import parse_policy
-from tdxd.errors import DataError
+from tdxd.errors import DataError, TdxdError, UnavailableError
+from tdxd.owner.audit_guard import export_after_change
 from tdxd.owner.files import read_bytes, read_text
 from tdxd.owner.kek import wrap
 from tdxd.owner.store import GenerationRow, Store
@@ -15,11 +16,16 @@ __all__ = ["add_bundle", "known_volume", "remove_volume", "set_policy"]
 
 
 def add_bundle(
-    directory: Path, bundle_file: Path, policy_file: Path | None, now_s: int
+    directory: Path,
+    bundle_file: Path,
+    policy_file: Path | None,
+    now_s: int,
+    *,
+    kek_file: Path | None = None,
 ) -> GenerationRow:
     """Add the secret of a sealed image, and set its volume's policy, all or nothing.
 
-    Needs the public half of the key-encryption key only.
+    `kek_file` holds the private half of the key-encryption key, if the directory does not.
 
     Raises: DataError, ConfigError, HostError.
     """
@@ -34,36 +40,54 @@ def add_bundle(
             manifest_sha256=manifest.digest().hex(),
             added_at_s=now_s,
         )
-    with Store.open(directory) as store, store.transaction() as change:
+    with Store.open(directory, kek_file) as store, store.transaction() as change:
         change.add_generation(row)
         if text is not None:
             change.set_policy(row.volume_id, text, now_s)
+    _export(directory, kek_file, now_s)
     return row
 
 
-def set_policy(directory: Path, volume_id: str, policy_file: Path, now_s: int) -> int:
+def set_policy(
+    directory: Path,
+    volume_id: str,
+    policy_file: Path,
+    now_s: int,
+    *,
+    kek_file: Path | None = None,
+) -> int:
     """Set the policy of a volume; return its version.
 
     Raises: DataError for an unknown volume, ConfigError, HostError.
     """
     text = _policy_text(policy_file)
-    with Store.open(directory) as store:
+    with Store.open(directory, kek_file) as store:
         known_volume(store, volume_id)
         with store.transaction() as change:
-            return change.set_policy(volume_id, text, now_s)
+            version = change.set_policy(volume_id, text, now_s)
+    _export(directory, kek_file, now_s)
+    return version
 
 
-def remove_volume(directory: Path, volume_id: str, generation: int | None) -> int:
+def remove_volume(
+    directory: Path,
+    volume_id: str,
+    generation: int | None,
+    now_s: int,
+    *,
+    kek_file: Path | None = None,
+) -> int:
     """Remove one generation, or the whole volume; return how many generations went.
 
     Raises: DataError if there is no such thing, HostError.
     """
-    with Store.open(directory) as store:
+    with Store.open(directory, kek_file) as store:
         known_volume(store, volume_id)
         with store.transaction() as change:
-            gone = change.remove(volume_id, generation)
+            gone = change.remove(volume_id, generation, now_s)
             if generation is not None and not gone:
                 raise DataError(f"volume {volume_id!r} has no generation {generation}")
+    _export(directory, kek_file, now_s)
     return gone
 
 
@@ -75,6 +99,17 @@ def known_volume(store: Store, volume_id: str) -> None:
             f"no volume {volume_id!r} in the store",
             hint=f"volumes: {', '.join(ids) or 'none'}",
         )
+
+
+def _export(directory: Path, kek_file: Path | None, now_s: int) -> None:
+    try:
+        export_after_change(directory, kek_file, now_s)
+    except TdxdError as exc:
+        raise UnavailableError(
+            f"the change was made, but its checkpoint was not exported: {exc.message}",
+            hint=exc.hint
+            or "a running server tries again; or: tdx-keyd audit checkpoint",
+        ) from exc
 
 
 def _policy_text(path: Path) -> str:

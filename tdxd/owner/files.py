@@ -8,23 +8,30 @@ from pathlib import Path
 
 from tdxd.errors import ConfigError, HostError
 
-__all__ = ["read_bytes", "read_private", "read_text", "write_private", "write_public"]
+__all__ = [
+    "read_bytes",
+    "read_private",
+    "read_text",
+    "replace_public",
+    "write_private",
+    "write_public",
+]
 
 _MAX_BYTES = 1024 * 1024
 
 
-def read_bytes(path: Path) -> bytes:
+def read_bytes(path: Path, *, max_bytes: int = _MAX_BYTES) -> bytes:
     """Read a small file.
 
-    Raises: HostError, ConfigError for more than 1 MiB.
+    Raises: HostError, ConfigError for more than `max_bytes`, by default 1 MiB.
     """
     try:
         with path.open("rb") as file:
-            data = file.read(_MAX_BYTES + 1)
+            data = file.read(max_bytes + 1)
     except OSError as exc:
         raise HostError.of("read", str(path), exc) from exc
-    if len(data) > _MAX_BYTES:
-        raise ConfigError(f"{path} is larger than {_MAX_BYTES} bytes")
+    if len(data) > max_bytes:
+        raise ConfigError(f"{path} is larger than {max_bytes} bytes")
     return data
 
 
@@ -82,3 +89,22 @@ def _write(path: Path, data: bytes, mode: int) -> None:
             os.fsync(fd)
     except OSError as exc:
         raise HostError.of("create", str(path), exc) from exc
+
+
+def replace_public(path: Path, data: bytes) -> None:
+    """Write a file of mode 0644 in place of what is there: readers see the old one or the new one.
+
+    Raises: HostError.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        beside.unlink(missing_ok=True)
+        _write(beside, data, 0o644)
+        os.replace(beside, path)
+        fd = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    except OSError as exc:
+        raise HostError.of("replace", str(path), exc) from exc

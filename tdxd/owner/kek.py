@@ -1,21 +1,34 @@
-"""The key-encryption key: an HPKE key pair whose public half is enough to add secrets.
+"""The key-encryption key: an HPKE key pair that secrets are sealed to.
 
 Bundles lie in the database sealed to it, bound to their volume id and generation, so whoever writes
-to the database can neither read a secret nor put one in another's place.
+to the database can neither read a secret nor put one in another's place. Its private half also
+authenticates the rows (`store_key`): to open a secret and to put one into the store need it both.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import errno
 from pathlib import Path
 
 from tdxd.core import hpke
 from tdxd.core.bundle import KeyBundle
 from tdxd.core.keyrelease import encode_lp
 from tdxd.core.secret import Secret
-from tdxd.errors import ConfigError, DataError
+from tdxd.errors import ConfigError, DataError, HostError
 from tdxd.owner.files import read_bytes, read_private, write_private, write_public
+from tdxd.owner.store_key import StoreKey
 
-__all__ = ["PRIVATE_NAME", "PUBLIC_NAME", "create_kek", "read_kek", "unwrap", "wrap"]
+__all__ = [
+    "PRIVATE_NAME",
+    "PUBLIC_NAME",
+    "Kek",
+    "create_kek",
+    "read_kek",
+    "read_store_key",
+    "unwrap",
+    "wrap",
+]
 
 PRIVATE_NAME = "kek.private"
 """96 bytes: ML-KEM-768 seed (64) || X25519 private key (32); mode 0600."""
@@ -34,17 +47,45 @@ def create_kek(directory: Path, seed: Secret) -> None:
     write_public(directory / PUBLIC_NAME, pair.public)
 
 
-def read_kek(directory: Path) -> hpke.KeyPair:
-    """Read the private half.
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class Kek(hpke.KeyPair):
+    """The pair, and the key that authenticates the store's rows."""
+
+    store_key: StoreKey
+
+
+def read_kek(directory: Path, file: Path | None = None) -> Kek:
+    """Read the private half of a store directory, or the one in `file`.
 
     Raises: HostError, ConfigError for a wrong size or a file that others may read.
     """
-    path = directory / PRIVATE_NAME
-    raw = read_private(path)
+    with _read_seed(file or directory / PRIVATE_NAME) as seed:
+        pair = hpke.key_pair(seed)
+        return Kek(private=pair.private, public=pair.public, store_key=StoreKey(seed))
+
+
+def read_store_key(path: Path) -> StoreKey:
+    """Derive the store's key from a file that holds the private half.
+
+    Raises: HostError, ConfigError.
+    """
+    with _read_seed(path) as seed:
+        return StoreKey(seed)
+
+
+def _read_seed(path: Path) -> Secret:
+    try:
+        raw = read_private(path)
+    except HostError as exc:
+        if exc.errno != errno.ENOENT:
+            raise
+        raise ConfigError(
+            f"{path} is missing: nothing in the store can be authenticated without it",
+            hint="name the private half of the key-encryption key: --kek FILE",
+        ) from exc
     if len(raw) != hpke.SEED_BYTES:
         raise ConfigError(f"{path} has {len(raw)} bytes, not {hpke.SEED_BYTES}")
-    with Secret(raw) as seed:
-        return hpke.key_pair(seed)
+    return Secret(raw)
 
 
 def wrap(directory: Path, bundle: KeyBundle) -> bytes:

@@ -6,27 +6,26 @@ Every decision is in the audit log before its answer leaves. The answer is signe
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import structlog
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.hpke import MLKEM768X25519PublicKey
 from google.protobuf.message import DecodeError
 
 from tdxd.core import hpke
 from tdxd.core import keyrelease as protocol
-from tdxd.core.policy import Check
-from tdxd.errors import RemoteProtocolError, TdxdError
+from tdxd.core.check import Check
+from tdxd.core.secret import Secret
+from tdxd.errors import RemoteProtocolError
 from tdxd.owner.judge import Judge, Judgement, judge_volume, reason_of
+from tdxd.owner.signing_keys import SigningKey
 from tdxd.owner.store import AuditRecord, Store, Transaction
+from tdxd.owner.token_keys import TokenKeys
 from tdxd.owner.volumes import Volumes, VolumeState
 from tdxd.proto import keyrelease_pb2
 
-if TYPE_CHECKING:
-    import grpc
-
-__all__ = ["Keyd", "KeydSecrets"]
+__all__ = ["Keyd", "Signer"]
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
@@ -42,11 +41,11 @@ _OTHER_HINT = "the owner sees every check with: tdx-keyd explain"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, repr=False)
-class KeydSecrets:
-    """The keys of a running server: `token_keys` of 32 bytes each, the first seals."""
+class Signer:
+    """A key that may sign answers, and the judge of evidence that names it."""
 
-    signing: Ed25519PrivateKey
-    token_keys: tuple[bytes, ...]
+    key: SigningKey
+    judge: Judge
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,135 +55,186 @@ class _Decision:
     volume_id: str
     state: VolumeState
     checks: tuple[Check, ...]
+    reason: str
     denial_id: str
 
     @property
-    def reason(self) -> str:
-        return reason_of(self.checks)
+    def lease_s(self) -> int:
+        """What the policy says, 0 for no lease."""
+        policy = self.state.finding.policy
+        return (policy.release.lease_s or 0) if policy else 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Asked:
+    """What the records of one request share."""
+
+    request_id: str
+    request_sha384: str
+    peer: str
+    at_s: int
 
 
 class Keyd:
-    """Answers challenges and releases; safe to use from several threads."""
+    """Answers challenges and releases; safe to use from several threads.
+
+    The first of `signers` is named in challenges; whoever was told another of them is answered by
+    that one.
+    """
 
     def __init__(
         self,
         *,
         store: Store,
         volumes: Volumes,
-        judge: Judge,
-        secrets: KeydSecrets,
+        signers: Sequence[Signer],
+        token_keys: TokenKeys,
         deployment: bytes,
         token_lifetime_s: int,
         clock: Callable[[], float],
         random_bytes: Callable[[int], bytes],
+        on_records: Callable[[Sequence[AuditRecord]], None],
     ) -> None:
         self._store = store
         self._volumes = volumes
-        self._judge = judge
-        self._secrets = secrets
+        self._signers = tuple(signers)
+        self._token_keys = token_keys
         self._deployment = deployment
         self._token_lifetime_s = token_lifetime_s
         self._clock = clock
         self._random_bytes = random_bytes
-        public = secrets.signing.public_key().public_bytes_raw()
-        self._signing_key_id = protocol.signing_key_id(public)
+        self._on_records = on_records
 
-    def challenge(self, _request: bytes, _context: grpc.ServicerContext) -> bytes:
-        """Answer a `ChallengeRequest`."""
+    def challenge(self, _request: bytes, _peer: str) -> bytes:
+        """Answer a `ChallengeRequest`.
+
+        Raises: TdxdError.
+        """
+        key = self._token_keys.sealing()
         claims = protocol.TokenClaims(
             nonce=self._random_bytes(protocol.NONCE_BYTES),
             expiry_s=int(self._clock()) + self._token_lifetime_s,
             deployment=self._deployment,
         )
-        token = protocol.encode_token(
-            claims, key=self._secrets.token_keys[0], iv=self._random_bytes(12)
-        )
         response = keyrelease_pb2.ChallengeResponse(
-            token=token, signing_key_sha256=self._signing_key_id
+            token=protocol.encode_token(claims, key=key, iv=self._random_bytes(12)),
+            signing_key_sha256=self._signers[0].key.key_id,
         )
         return response.SerializeToString()
 
-    def release(self, request: bytes, context: grpc.ServicerContext) -> bytes:
-        """Answer a `ReleaseRequest`, given exactly as it was received."""
-        import grpc
+    def release(self, request: bytes, peer: str) -> bytes:
+        """Answer a `ReleaseRequest`, given exactly as it was received.
 
-        peer = context.peer()
-        try:
-            evidence, public_key = _parse_request(request)
-        except RemoteProtocolError as exc:
-            _log.warning("request.malformed", peer=peer, error=exc.message)
-            context.abort(grpc.StatusCode.INVALID_ARGUMENT, exc.message)
-        try:
-            decisions = self._decide(evidence, peer)
-        except TdxdError as exc:  # no audit record, no answer
-            _log.error("request.failed", peer=peer, error=exc.message, hint=exc.hint)
-            context.abort(grpc.StatusCode.UNAVAILABLE, "the key server's store fails")
-        return self._answer(request, public_key, decisions)
+        Raises: RemoteProtocolError for a malformed one, TdxdError.
+        """
+        evidence, public_key = _parse_request(request)
+        signer = self._signer(evidence)
+        request_sha384 = protocol.transcript_hash(request)
+        decisions = self._decide(evidence, signer.judge, request_sha384, peer)
+        return _answer(request_sha384, public_key, signer.key, decisions)
 
-    def _decide(self, evidence: protocol.Evidence, peer: str) -> tuple[_Decision, ...]:
+    def _signer(self, evidence: protocol.Evidence) -> Signer:
+        """Return the signer that the evidence names, as it seems; the judge finds out."""
+        for signer in self._signers[1:]:
+            named = protocol.report_data(
+                token=evidence.token,
+                public_key=evidence.public_key,
+                volume_ids=evidence.volume_ids,
+                signing_key_sha256=signer.key.key_id,
+                event_log=evidence.event_log,
+                runtime_log=evidence.runtime_log,
+            )
+            if named in evidence.quote:
+                return signer
+        return self._signers[0]
+
+    def _decide(
+        self,
+        evidence: protocol.Evidence,
+        judge: Judge,
+        request_sha384: bytes,
+        peer: str,
+    ) -> tuple[_Decision, ...]:
         """Judge every volume and write the audit records."""
+        self._token_keys.learn(evidence.token)
         now_s = self._clock()
-        judgement = self._judge.judge(evidence, now_s)
-        judged = [self._one(volume_id, judgement) for volume_id in evidence.volume_ids]
-        with self._store.transaction() as change:
-            final = tuple(
-                _within_quota(item, judgement.nonce, int(now_s), change)
-                for item in judged
-            )
-            request_id = self._random_bytes(8).hex()
-            change.record(
-                [
-                    _record(item, judgement, request_id, peer, int(now_s))
-                    for item in final
-                ]
-            )
+        judgement = judge.judge(evidence, now_s)
+        asked = _Asked(
+            request_id=self._random_bytes(8).hex(),
+            request_sha384=request_sha384.hex(),
+            peer=peer,
+            at_s=int(now_s),
+        )
+        final, records = self._decided(evidence.volume_ids, judgement, asked)
+        self._on_records(records)
         for item in final:
             _log_decision(item, judgement, peer)
         return final
 
+    def _decided(
+        self, volume_ids: Sequence[str], judgement: Judgement, asked: _Asked
+    ) -> tuple[tuple[_Decision, ...], list[AuditRecord]]:
+        """Decide by the state of the store that the records are written on."""
+        while True:
+            judged = [self._one(volume_id, judgement) for volume_id in volume_ids]
+            with self._store.transaction() as change:
+                revision = change.seal().revision
+                if all(item.state.revision == revision for item in judged):
+                    final = tuple(
+                        _within_quota(item, judgement.nonce, asked.at_s, change)
+                        for item in judged
+                    )
+                    records = [_record(item, judgement, asked) for item in final]
+                    change.record(records)
+                    return final, records
+            self._volumes.renew(revision)
+
     def _one(self, volume_id: str, judgement: Judgement) -> _Decision:
         state = self._volumes.state(volume_id)
-        checks = judge_volume(volume_id, judgement, state.finding)
-        if not reason_of(checks) and (
-            judgement.verified is None or state.bundle is None
-        ):
-            trouble = Check(
-                name="secret", expected="opens", actual=state.trouble, ok=False
+        if state.trouble and not reason_of(judgement.checks):
+            checks = (*judgement.checks, _sealed_check(state))
+        else:
+            checks = judge_volume(
+                volume_id, judgement, state.finding, self._volumes.knows
             )
-            checks = (*checks, trouble)
+        reason = reason_of(checks)
+        if not reason and (judgement.verified is None or state.bundle is None):
+            checks = (*checks, _sealed_check(state))
+            reason = reason_of(checks)
         return _Decision(
             volume_id=volume_id,
             state=state,
             checks=checks,
+            reason=reason,
             denial_id=self._random_bytes(8).hex(),
         )
 
-    def _answer(
-        self,
-        request: bytes,
-        public_key: MLKEM768X25519PublicKey,
-        decisions: Sequence[_Decision],
-    ) -> bytes:
-        request_sha384 = protocol.transcript_hash(request)
-        response = keyrelease_pb2.ReleaseResponse()
-        signed = []
-        for item in decisions:
-            fields = _sealed(item, request_sha384, public_key)
-            signed.append(fields)
-            verdict = response.verdicts.add(
-                volume_id=fields.volume_id,
-                generation=fields.generation,
-                status=keyrelease_pb2.Status.ValueType(fields.status),
-                sealed_bundle=fields.sealed_bundle,
-            )
-            if item.reason:
-                verdict.denial_id = item.denial_id
-                verdict.reason = item.reason
-                verdict.hint = _HINTS.get(item.reason, _OTHER_HINT)
-        response.signature = protocol.sign_answer(
-            self._secrets.signing, request_sha384, signed
+
+def _answer(
+    request_sha384: bytes,
+    public_key: MLKEM768X25519PublicKey,
+    signing_key: SigningKey,
+    decisions: Sequence[_Decision],
+) -> bytes:
+    response = keyrelease_pb2.ReleaseResponse()
+    signed = []
+    for item in decisions:
+        fields = _sealed(item, request_sha384, public_key)
+        signed.append(fields)
+        verdict = response.verdicts.add(
+            volume_id=fields.volume_id,
+            generation=fields.generation,
+            status=keyrelease_pb2.Status.ValueType(fields.status),
+            sealed_bundle=fields.sealed_bundle,
         )
-        return response.SerializeToString()
+        if item.reason:
+            verdict.denial_id = item.denial_id
+            verdict.reason = item.reason
+            verdict.hint = _HINTS.get(item.reason, _OTHER_HINT)
+    response.signature = protocol.sign_answer(
+        signing_key.private, request_sha384, signed
+    )
+    return response.SerializeToString()
 
 
 def _parse_request(
@@ -212,6 +262,14 @@ def _parse_request(
     return evidence, hpke.parse_public_key(evidence.public_key)
 
 
+def _sealed_check(state: VolumeState) -> Check:
+    """Fail a volume whose rows in the store are not as they were sealed."""
+    wanted = "policy and secret as they were sealed"
+    return Check(
+        name="secret", expected=wanted, actual=state.trouble or "none", ok=False
+    )
+
+
 def _within_quota(
     item: _Decision, nonce: bytes, now_s: int, change: Transaction
 ) -> _Decision:
@@ -227,7 +285,8 @@ def _within_quota(
         actual=f"{limit} before this one" if used is None else f"{used} with this one",
         ok=used is not None,
     )
-    return dataclasses.replace(item, checks=(*item.checks, check))
+    reason = reason_of((check,))
+    return dataclasses.replace(item, checks=(*item.checks, check), reason=reason)
 
 
 def _sealed(
@@ -247,27 +306,36 @@ def _sealed(
         volume_id=item.volume_id,
         generation=generation,
         status=protocol.Status.RELEASED,
-        sealed_bundle=hpke.seal(bundle.reveal(), public_key, info),
+        sealed_bundle=hpke.seal(_released(item, bundle), public_key, info),
     )
 
 
-def _record(
-    item: _Decision, judgement: Judgement, request_id: str, peer: str, now_s: int
-) -> AuditRecord:
-    quote = judgement.quote
+def _released(item: _Decision, bundle: Secret) -> bytes:
+    return protocol.encode_released(bundle.reveal(), item.lease_s)
+
+
+def _record(item: _Decision, judgement: Judgement, asked: _Asked) -> AuditRecord:
+    quote, digests = judgement.quote, judgement.digests
+    nonce = judgement.nonce
     return AuditRecord(
-        at_s=now_s,
-        request_id=request_id,
+        at_s=asked.at_s,
+        request_id=asked.request_id,
         denial_id=item.denial_id if item.reason else None,
         volume_id=item.volume_id,
         generation=0 if item.reason else item.state.generation,
         decision="denied" if item.reason else "released",
         reason=item.reason,
-        peer=peer,
+        peer=asked.peer,
         simulated=_simulated(judgement),
         policy_version=item.state.policy_version,
         report_data=quote.report_data.hex() if quote else "",
         checks=item.checks,
+        request_sha384=asked.request_sha384,
+        quote_sha256=digests.quote_sha256 if digests else "",
+        event_log_sha384=digests.event_log_sha384 if digests else "",
+        runtime_log_sha384=digests.runtime_log_sha384 if digests else "",
+        nonce_sha256=hashlib.sha256(nonce).hexdigest() if nonce else "",
+        lease_s=0 if item.reason else item.lease_s,
     )
 
 

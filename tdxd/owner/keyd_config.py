@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import tomllib
 from pathlib import Path
@@ -11,35 +12,24 @@ from tdxd.core.config import parse_address
 from tdxd.core.decode import decode
 from tdxd.core.keyrelease import TOKEN_LIFETIME_MAX_S
 from tdxd.errors import ConfigError
+from tdxd.owner.audit_config import AuditConfig
+from tdxd.owner.collateral_config import CollateralConfig, check_url
 from tdxd.owner.files import read_text
-from tdxd.owner.pcs import INTEL_PCS_URL
+from tdxd.owner.limits import LimitsConfig
 
-__all__ = ["CONFIG_NAME", "CollateralConfig", "KeydConfig", "RootConfig", "read_config"]
+__all__ = [
+    "CONFIG_NAME",
+    "CollateralConfig",
+    "KeydConfig",
+    "KeysConfig",
+    "RootConfig",
+    "ServeConfig",
+    "read_config",
+]
 
 CONFIG_NAME = "keyd.toml"
-
-
-def _check_url(name: str, value: str | None) -> None:
-    if value is not None and not re.fullmatch(r"https?://[^\s/]+(/\S*)?", value):
-        raise ValueError(f"{name} {value!r} is not an http or https address")
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class CollateralConfig:
-    """Where Intel's collateral comes from: a PCS or a PCCS."""
-
-    url: str = INTEL_PCS_URL
-    root_crl_url: str | None = None
-    timeout_s: float = 10.0
-    """For all requests of one set together."""
-    refresh_s: float = 86400.0
-    """A newer set is looked for this often; an unexpired one is used on if there is none."""
-
-    def __post_init__(self) -> None:
-        _check_url("url", self.url)
-        _check_url("root_crl_url", self.root_crl_url)
-        if self.timeout_s <= 0 or self.refresh_s <= 0:
-            raise ValueError("timeout_s and refresh_s must be greater than 0")
+_WORKERS_MAX = 64
+_AUTO = "auto"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,11 +44,41 @@ class RootConfig:
     collateral_url: str
 
     def __post_init__(self) -> None:
-        _check_url("collateral_url", self.collateral_url)
+        check_url("collateral_url", self.collateral_url)
         if not self.simulated:
             raise ValueError(
                 "simulated must be true: only Intel's root makes real platforms"
             )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ServeConfig:
+    """The `[serve]` table: `workers` processes share the port, one core each.
+
+    0, or "auto" in the file, is one for each core.
+    """
+
+    workers: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.workers <= _WORKERS_MAX:
+            text = f'workers {self.workers} is not 1 to {_WORKERS_MAX} or "{_AUTO}"'
+            raise ValueError(text)
+
+    def processes(self) -> int:
+        """Return how many workers run on this machine."""
+        return self.workers or min(_WORKERS_MAX, len(os.sched_getaffinity(0)))
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class KeysConfig:
+    """The `[keys]` table: a new key for challenge tokens is made this often."""
+
+    rotate_token_s: float = 86400.0
+
+    def __post_init__(self) -> None:
+        if not 600 <= self.rotate_token_s <= 10**9:
+            raise ValueError(f"rotate_token_s {self.rotate_token_s} is less than 600")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +88,11 @@ class KeydConfig:
     listen: str
     deployment: str
     token_lifetime_s: int = 60
-    collateral: CollateralConfig = CollateralConfig()
+    serve: ServeConfig = dataclasses.field(default_factory=ServeConfig)
+    limits: LimitsConfig = dataclasses.field(default_factory=LimitsConfig)
+    keys: KeysConfig = dataclasses.field(default_factory=KeysConfig)
+    audit: AuditConfig = dataclasses.field(default_factory=AuditConfig)
+    collateral: CollateralConfig = dataclasses.field(default_factory=CollateralConfig)
     root: tuple[RootConfig, ...] = ()
 
     def __post_init__(self) -> None:
@@ -95,6 +119,9 @@ def read_config(directory: Path) -> KeydConfig:
         )
     try:
         table = tomllib.loads(read_text(path))
-    except tomllib.TOMLDecodeError as exc:
+    except (ValueError, RecursionError) as exc:
         raise ConfigError(f"{path}: not valid TOML: {exc}") from exc
+    serve = table.get("serve")
+    if isinstance(serve, dict) and serve.get("workers") == _AUTO:
+        serve["workers"] = 0
     return decode(KeydConfig, table, source=str(path))

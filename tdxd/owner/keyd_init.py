@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import os
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from tdxd.core import hpke
@@ -19,12 +17,13 @@ from tdxd.core.secret import Secret
 from tdxd.errors import ConfigError, HostError, UsageError
 from tdxd.owner import authority
 from tdxd.owner.appraise import load_root
+from tdxd.owner.collateral_config import INTEL_PCS_URL
 from tdxd.owner.files import read_bytes, read_private, write_private, write_public
-from tdxd.owner.kek import create_kek
-from tdxd.owner.keyd import KeydSecrets
+from tdxd.owner.kek import PUBLIC_NAME, create_kek
 from tdxd.owner.keyd_config import CONFIG_NAME
-from tdxd.owner.pcs import INTEL_PCS_URL
+from tdxd.owner.signing_keys import pin_line, publish_first, read_signing_keys
 from tdxd.owner.store import Store
+from tdxd.owner.token_keys import wrap_token_key
 
 __all__ = [
     "GuestPin",
@@ -32,7 +31,6 @@ __all__ = [
     "ServerTls",
     "guest_pin",
     "init_store",
-    "read_secrets",
     "read_tls",
 ]
 
@@ -40,8 +38,6 @@ CA_NAME = "ca.pem"
 _CA_KEY = "ca.key"
 _SERVER = "server.pem"
 _SERVER_KEY = "server.key"
-_SIGNING_KEY = "signing.key"
-_TOKEN_KEY = "token.key"  # noqa: S105  # a file name
 _SIMULATED_ROOT = "simulated-root.der"
 
 
@@ -93,15 +89,14 @@ def init_store(
     write_public(directory / CA_NAME, ca.public_bytes(Encoding.PEM))
     write_private(directory / _SERVER_KEY, authority.key_pem(server_key))
     write_public(directory / _SERVER, server.public_bytes(Encoding.PEM))
-    write_private(directory / _SIGNING_KEY, random_bytes(32))
-    write_private(directory / _TOKEN_KEY, random_bytes(TOKEN_KEY_BYTES))
+    publish_first(directory, random_bytes)
     with Secret(random_bytes(hpke.SEED_BYTES)) as seed:
         create_kek(directory, seed)
     if root_der is not None:
         write_public(directory / _SIMULATED_ROOT, root_der)
     config = _config_text(options, deployment)
     write_public(directory / CONFIG_NAME, config.encode())
-    Store.create(directory).close()
+    _create_database(directory, random_bytes(TOKEN_KEY_BYTES))
     servers = tuple(
         f"[{n}]:{port}" if ":" in n else f"{n}:{port}" for n in options.names
     )
@@ -113,23 +108,18 @@ def guest_pin(directory: Path, servers: Sequence[str]) -> GuestPin:
 
     Raises: HostError, ConfigError.
     """
-    public = _signing_key(directory).public_key().public_bytes_raw()
     return GuestPin(
         ca=str((directory / CA_NAME).resolve()),
-        signing_key="ed25519:" + base64.b64encode(public).decode(),
+        signing_key=pin_line(read_signing_keys(directory)[0]),
         servers=tuple(servers),
     )
 
 
-def read_secrets(directory: Path) -> KeydSecrets:
-    """Read the signing key and the token key.
-
-    Raises: HostError, ConfigError.
-    """
-    token_key = read_private(directory / _TOKEN_KEY)
-    if len(token_key) != TOKEN_KEY_BYTES:
-        raise ConfigError(f"{directory / _TOKEN_KEY} has {len(token_key)} bytes")
-    return KeydSecrets(signing=_signing_key(directory), token_keys=(token_key,))
+def _create_database(directory: Path, token_key: bytes) -> None:
+    public = read_bytes(directory / PUBLIC_NAME)
+    row = wrap_token_key(public, token_key, int(time.time()))
+    with Store.create(directory) as store, store.transaction() as change:
+        change.add_token_key(row)
 
 
 def read_tls(directory: Path) -> ServerTls:
@@ -141,14 +131,6 @@ def read_tls(directory: Path) -> ServerTls:
         certificate_pem=read_bytes(directory / _SERVER),
         key_pem=read_private(directory / _SERVER_KEY),
     )
-
-
-def _signing_key(directory: Path) -> Ed25519PrivateKey:
-    path = directory / _SIGNING_KEY
-    try:
-        return Ed25519PrivateKey.from_private_bytes(read_private(path))
-    except (ValueError, UnsupportedAlgorithm) as exc:
-        raise ConfigError(f"{path} is not a raw Ed25519 private key") from exc
 
 
 def _simulated_root(options: InitOptions) -> bytes | None:

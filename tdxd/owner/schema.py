@@ -1,4 +1,7 @@
-"""The tables of the key server's store, in SQLAlchemy Core."""
+"""The tables of the key server's store, in SQLAlchemy Core.
+
+What each `mac` covers stands in `store_rows` and `store_seal`.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +25,12 @@ __all__ = [
     "NONCES",
     "POLICIES",
     "SCHEMA_VERSION",
-    "VOLUMES",
+    "SEAL",
+    "STATE",
+    "TOKEN_KEYS",
 ]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 METADATA = MetaData()
 
@@ -35,14 +40,34 @@ META = Table(
     Column("key", String(32), primary_key=True),
     Column("value", BigInteger, nullable=False),
 )
-"""`schema`: SCHEMA_VERSION. `revision`: counts changes of volumes, generations and policies."""
+"""`schema`: SCHEMA_VERSION."""
 
-VOLUMES = Table(
-    "volumes",
+SEAL = Table(
+    "seal",
     METADATA,
-    Column("id", String(64), primary_key=True),
-    Column("added_at_s", BigInteger, nullable=False),
+    Column("id", Integer, primary_key=True),
+    Column("revision", BigInteger, nullable=False),
+    Column("seq", BigInteger, nullable=False),
+    Column("head", LargeBinary(32), nullable=False),
+    Column("state_sha256", LargeBinary(32), nullable=False),
+    Column("exported_revision", BigInteger, nullable=False),
+    Column("exported_seq", BigInteger, nullable=False),
+    Column("exported_at_s", BigInteger, nullable=False),
+    Column("mac", LargeBinary(32), nullable=False),
 )
+"""One row, written by each transaction: it ties the state to the head of the audit log.
+
+`revision` counts changes of the state, `seq` and `head` are the newest audit record's number and
+hash; `exported_*` say which checkpoint was exported last.
+"""
+
+STATE = Table(
+    "state",
+    METADATA,
+    Column("id", Integer, primary_key=True),
+    Column("body", LargeBinary, nullable=False),
+)
+"""One row: which policies, generations and token keys there are, and the collateral floors."""
 
 GENERATIONS = Table(
     "generations",
@@ -52,17 +77,30 @@ GENERATIONS = Table(
     Column("wrapped", LargeBinary, nullable=False),
     Column("manifest_sha256", String(64), nullable=False),
     Column("added_at_s", BigInteger, nullable=False),
+    Column("removed_at_s", BigInteger, nullable=False),
+    Column("mac", LargeBinary(32), nullable=False),
 )
+"""Kept when removed, without the secret: guests that serve it still prove that they do."""
 
 POLICIES = Table(
     "policies",
     METADATA,
     Column("volume_id", String(64), primary_key=True),
-    Column("version", Integer, nullable=False),
+    Column("version", BigInteger, nullable=False),
     Column("text", Text, nullable=False),
     Column("set_at_s", BigInteger, nullable=False),
+    Column("mac", LargeBinary(32), nullable=False),
 )
 """Kept when its volume is removed, so that the version never goes back."""
+
+TOKEN_KEYS = Table(
+    "token_keys",
+    METADATA,
+    Column("key_id", LargeBinary(8), primary_key=True),
+    Column("wrapped", LargeBinary, nullable=False),
+    Column("made_at_s", BigInteger, nullable=False),
+    Column("mac", LargeBinary(32), nullable=False),
+)
 
 NONCES = Table(
     "nonces",
@@ -76,24 +114,18 @@ NONCES = Table(
 AUDIT = Table(
     "audit",
     METADATA,
-    Column("seq", Integer, primary_key=True),
-    Column("at_s", BigInteger, nullable=False),
-    Column("request_id", String(16), nullable=False),
+    Column("seq", Integer, primary_key=True, autoincrement=False),
+    Column("record", LargeBinary, nullable=False),
+    Column("hash", LargeBinary(32), nullable=False),
     Column("denial_id", String(16)),
-    Column("volume_id", String(64), nullable=False),
-    Column("generation", BigInteger, nullable=False),
-    Column("decision", String(8), nullable=False),
-    Column("reason", String(32), nullable=False),
-    Column("peer", String(128), nullable=False),
-    Column("simulated", Integer, nullable=False),
-    Column("policy_version", Integer, nullable=False),
-    Column("report_data", String(128), nullable=False),
-    Column("checks", Text, nullable=False),
 )
+"""Append-only: one row for each volume of each request, written before the answer leaves.
+
+`denial_id` repeats the record's own, to find denials by.
+"""
 Index(
     "audit_denial",
     AUDIT.c.denial_id,
     unique=True,
     sqlite_where=AUDIT.c.denial_id.is_not(None),  # a release then touches no index page
 )
-"""Append-only: one row for each volume of each request, written before the answer leaves."""

@@ -1,88 +1,87 @@
-"""The key server's store: volumes, wrapped secrets, policies and the audit log.
+"""The key server's store: volumes, wrapped secrets, policies, floors, token keys, audit log.
 
-SQLite with a write-ahead log: admin verbs and several server processes may use one file at a time.
-Nothing in it is secret in clear: bundles are sealed to the key-encryption key (`kek`).
+Nothing in it is secret in clear: bundles are sealed to the key-encryption key (`kek`). Nothing in
+it is believed without that key either: rows carry MACs, and one seal covers them all together with
+the head of the audit log (`store_seal`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import sqlite3
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self, cast
 
 import sqlalchemy as sa
-from sqlalchemy.exc import IntegrityError as RowExistsError
-from sqlalchemy.exc import SQLAlchemyError
 
-from tdxd.core.policy import Check
-from tdxd.errors import BusyError, ConfigError, DataError, HostError
-from tdxd.owner.schema import (
-    AUDIT,
-    GENERATIONS,
-    META,
-    METADATA,
-    NONCES,
-    POLICIES,
-    SCHEMA_VERSION,
-    VOLUMES,
+from tdxd.core.decode import plain
+from tdxd.errors import ConfigError
+from tdxd.owner.audit_record import AuditRecord, parse_record
+from tdxd.owner.kek import PRIVATE_NAME, read_store_key
+from tdxd.owner.schema import METADATA, SCHEMA_VERSION
+from tdxd.owner.store_changes import Transaction
+from tdxd.owner.store_check import (
+    generation_troubles,
+    policy_trouble,
+    token_key_troubles,
 )
+from tdxd.owner.store_database import DATABASE_NAME, converted, make_engine
+from tdxd.owner.store_key import StoreKey
+from tdxd.owner.store_rows import (
+    GenerationRow,
+    PolicyRow,
+    TokenKeyRow,
+    read_generations,
+    read_policy,
+    read_token_keys,
+)
+from tdxd.owner.store_seal import Seal, SealedState, StoreIntegrityError
+from tdxd.owner.store_state import State
 
-__all__ = ["AuditRecord", "GenerationRow", "PolicyRow", "Store", "Transaction"]
+__all__ = [
+    "AuditRecord",
+    "GenerationRow",
+    "PolicyRow",
+    "SealedVolume",
+    "Store",
+    "TokenKeyRow",
+    "Transaction",
+]
 
-DATABASE_NAME = "store.sqlite3"
-_BUSY_TIMEOUT_S = 10.0
-_QUOTA_WINDOW_S = 3600
+_META = "SELECT value FROM meta WHERE key = ?"
+_VOLUME_IDS = (
+    "SELECT DISTINCT volume_id FROM generations WHERE removed_at_s = 0 ORDER BY 1"
+)
+_AUDIT = "SELECT seq, record FROM audit {where} ORDER BY seq DESC LIMIT ?"
+_LINES = "SELECT seq, record, hash FROM audit WHERE seq > ? ORDER BY seq LIMIT 500"
+_DENIED = "WHERE denial_id IS NOT NULL"
+_DENIAL = "SELECT seq, record FROM audit WHERE denial_id = ?"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class GenerationRow:
-    """One generation of a volume; `wrapped` is its bundle sealed to the KEK."""
+class SealedVolume:
+    """The rows of one volume, removed generations included, all of one revision.
 
-    volume_id: str
-    generation: int
-    wrapped: bytes
-    manifest_sha256: str
-    added_at_s: int
+    `trouble` says what is not as it was sealed, or is empty.
+    """
 
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class PolicyRow:
-    """The policy text of a volume; `version` counts up with each change."""
-
-    volume_id: str
-    version: int
-    text: str
-    set_at_s: int
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class AuditRecord:
-    """One decision on one volume, with every check; `seq` is 0 before it is stored."""
-
-    seq: int = 0
-    at_s: int
-    request_id: str
-    denial_id: str | None
-    volume_id: str
-    generation: int
-    decision: str
-    reason: str
-    peer: str
-    simulated: bool
-    policy_version: int
-    report_data: str
-    checks: tuple[Check, ...]
+    revision: int
+    policy: PolicyRow | None
+    generations: tuple[GenerationRow, ...]
+    trouble: str
 
 
 class Store:
-    """One open store; safe to use from several threads."""
+    """One open store; safe to use from several threads.
 
-    def __init__(self, engine: sa.Engine) -> None:
+    What changes the store, and what vouches for its content, needs the private half of the
+    key-encryption key; it is read when the first of these is called.
+    """
+
+    def __init__(self, engine: sa.Engine, kek_file: Path) -> None:
         self._engine = engine
         self._connection = engine.connect()
         # What every release does goes past SQLAlchemy: there it costs ten times as much.
@@ -90,30 +89,35 @@ class Store:
             "sqlite3.Connection", self._connection.connection.driver_connection
         )
         self._path = Path(engine.url.database or "")
+        self._kek_file = kek_file
+        self._key: StoreKey | None = None
+        self._sealed = SealedState(self._sqlite)
         self._lock = threading.Lock()
 
     @classmethod
     def create(cls, directory: Path) -> Self:
-        """Make the database; its directory must not hold one.
+        """Make the database; its directory must hold the key-encryption key and no database.
 
         Raises: HostError, ConfigError.
         """
         path = directory / DATABASE_NAME
         if path.exists():
             raise ConfigError(f"{path} exists already")
-        with _converted(path):
-            engine = _engine(path)
+        key = read_store_key(directory / PRIVATE_NAME)
+        with converted(path):
+            engine = make_engine(path)
             METADATA.create_all(engine)
-            store = cls(engine)
+            store = cls(engine, directory / PRIVATE_NAME)
+            store._key = key
             with store.transaction() as change:
                 change.set_meta("schema", SCHEMA_VERSION)
-                change.set_meta("revision", 1)
+                change.make_seal()
         path.chmod(0o600)
         return store
 
     @classmethod
-    def open(cls, directory: Path) -> Self:
-        """Open an existing database.
+    def open(cls, directory: Path, kek_file: Path | None = None) -> Self:
+        """Open an existing database; `kek_file` is where the private half lies, if elsewhere.
 
         Raises: HostError, ConfigError.
         """
@@ -123,13 +127,14 @@ class Store:
                 f"{directory} is no key server store: {DATABASE_NAME} is missing",
                 hint=f"tdx-keyd init {directory} --name HOST makes one",
             )
-        with _converted(path):
-            store = cls(_engine(path))
+        with converted(path):
+            store = cls(make_engine(path), kek_file or directory / PRIVATE_NAME)
             version = store.meta("schema")
         if version != SCHEMA_VERSION:
             store.close()
             raise ConfigError(
-                f"{path} has schema version {version}, not {SCHEMA_VERSION}"
+                f"{path} has schema version {version}, not {SCHEMA_VERSION}",
+                hint="make a new store with tdx-keyd init and add the bundles again",
             )
         return store
 
@@ -144,16 +149,28 @@ class Store:
     def __exit__(self, *_exc: object) -> None:
         self.close()
 
+    def key(self) -> StoreKey:
+        """Return the key that authenticates rows and seal.
+
+        Raises: HostError, ConfigError.
+        """
+        if self._key is None:
+            self._key = read_store_key(self._kek_file)
+        return self._key
+
     @contextlib.contextmanager
     def transaction(self) -> Iterator[Transaction]:
         """Change the store: all of it or nothing, one writer at a time.
 
-        Raises: BusyError, HostError.
+        Raises: BusyError, HostError, ConfigError, StoreIntegrityError.
         """
-        with self._lock, _converted(self._path):
+        key = self.key()
+        with self._lock, converted(self._path):
             self._sqlite.execute("BEGIN IMMEDIATE")
             try:
-                yield Transaction(self._connection, self._sqlite)
+                change = Transaction(self._connection, self._sqlite, self._sealed, key)
+                yield change
+                change.finish()
                 self._sqlite.execute("COMMIT")
             except BaseException:
                 self._sqlite.rollback()
@@ -161,197 +178,137 @@ class Store:
             finally:
                 self._connection.rollback()  # ends SQLAlchemy's own notion of it
 
-    def _rows(self, query: sa.Select[Any]) -> list[dict[str, Any]]:
-        with self._lock, _converted(self._path):
-            rows = self._connection.execute(query).mappings().all()
-            self._connection.rollback()  # ends SQLAlchemy's own notion of it
-        return [dict(row) for row in rows]
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[sqlite3.Connection]:
+        """Read one state of the database by several statements, while others write.
+
+        Raises: BusyError, HostError.
+        """
+        with self._lock, converted(self._path):
+            self._sqlite.execute("BEGIN")
+            try:
+                yield self._sqlite
+            finally:
+                self._sqlite.rollback()
+
+    def _raw(self, statement: str, *values: object) -> list[Any]:
+        with self._lock, converted(self._path):
+            return self._sqlite.execute(statement, values).fetchall()
 
     def meta(self, key: str) -> int:
         """Return one number of the `meta` table, 0 if there is none."""
-        rows = self._rows(sa.select(META.c.value).where(META.c.key == key))
-        return cast("int", rows[0]["value"]) if rows else 0
+        rows = self._raw(_META, key)
+        return cast("int", rows[0][0]) if rows else 0
 
-    def revision(self) -> int:
-        """Return a number that grows with each change of volumes, generations and policies."""
-        with self._lock, _converted(self._path):
-            (found,) = self._sqlite.execute(_REVISION).fetchone()
-        return cast("int", found)
+    @contextlib.contextmanager
+    def sealed_reading(self) -> Iterator[tuple[sqlite3.Connection, Seal, State]]:
+        """Read rows together with the seal and the state that must cover them.
+
+        Raises: StoreIntegrityError, ConfigError, BusyError, HostError.
+        """
+        key = self.key()
+        with self.reading() as sqlite:
+            seal = self._sealed.read(key)
+            yield sqlite, seal, self._sealed.state(seal)
+
+    def sealed(self) -> tuple[Seal, State]:
+        """Return the seal and the state that it covers.
+
+        Raises: StoreIntegrityError, ConfigError, BusyError, HostError.
+        """
+        with self.sealed_reading() as (_, seal, state):
+            return seal, state
+
+    def seal(self) -> Seal:
+        """Return the seal alone.
+
+        Raises: StoreIntegrityError, ConfigError, BusyError, HostError.
+        """
+        key = self.key()
+        with self.reading():
+            return self._sealed.read(key)
+
+    def floors(self) -> dict[str, int]:
+        """Return the collateral floors, authenticated.
+
+        Raises: StoreIntegrityError, ConfigError, BusyError, HostError.
+        """
+        return dict(self.sealed()[1].floors)
 
     def volume_ids(self) -> tuple[str, ...]:
         """Return the ids of all volumes, sorted."""
-        return tuple(
-            row["id"] for row in self._rows(sa.select(VOLUMES).order_by(VOLUMES.c.id))
-        )
+        return tuple(row[0] for row in self._raw(_VOLUME_IDS))
 
     def generations(self, volume_id: str) -> tuple[GenerationRow, ...]:
-        """Return the generations of a volume, oldest first."""
-        query = (
-            sa.select(GENERATIONS)
-            .where(GENERATIONS.c.volume_id == volume_id)
-            .order_by(GENERATIONS.c.generation)
-        )
-        return tuple(GenerationRow(**row) for row in self._rows(query))
+        """Return the generations of a volume, oldest first, as the database has them."""
+        with self.reading() as sqlite:
+            rows = read_generations(sqlite, volume_id)
+        return tuple(row for row in rows if not row.removed_at_s)
 
     def policy(self, volume_id: str) -> PolicyRow | None:
-        """Return the policy of a volume, if one was ever set."""
-        query = sa.select(POLICIES).where(POLICIES.c.volume_id == volume_id)
-        rows = self._rows(query)
-        return PolicyRow(**rows[0]) if rows else None
+        """Return the policy of a volume as the database has it, if one was ever set."""
+        with self.reading() as sqlite:
+            return read_policy(sqlite, volume_id)
+
+    def token_keys(self) -> tuple[TokenKeyRow, ...]:
+        """Return the token keys, authenticated, newest first.
+
+        Raises: StoreIntegrityError, ConfigError, BusyError, HostError.
+        """
+        with self.sealed_reading() as (sqlite, _, state):
+            rows = read_token_keys(sqlite)
+        for trouble in token_key_troubles(self.key(), state, rows):
+            raise StoreIntegrityError(trouble)
+        return rows
+
+    def sealed_volume(self, volume_id: str) -> SealedVolume:
+        """Return what the store has of a volume, and what is wrong with it.
+
+        Raises: StoreIntegrityError, ConfigError, BusyError, HostError.
+        """
+        with self.sealed_reading() as (sqlite, seal, state):
+            policy = read_policy(sqlite, volume_id)
+            generations = read_generations(sqlite, volume_id)
+        troubles = [
+            policy_trouble(self.key(), state, volume_id, policy),
+            *generation_troubles(self.key(), state, volume_id, generations),
+        ]
+        return SealedVolume(
+            revision=seal.revision,
+            policy=policy,
+            generations=generations,
+            trouble="; ".join(one for one in troubles if one),
+        )
 
     def audit(
         self, *, denied_only: bool = False, limit: int = 1000
     ) -> tuple[AuditRecord, ...]:
-        """Return the newest audit records, oldest of them first."""
-        query = sa.select(AUDIT).order_by(AUDIT.c.seq.desc()).limit(limit)
-        if denied_only:
-            query = query.where(AUDIT.c.decision == "denied")
-        return tuple(_record(row) for row in reversed(self._rows(query)))
+        """Return the newest audit records, oldest of them first.
+
+        Raises: DataError for one that is no record any more, HostError.
+        """
+        statement = _AUDIT.format(where=_DENIED if denied_only else "")
+        return tuple(_record(*row) for row in reversed(self._raw(statement, limit)))
 
     def denial(self, denial_id: str) -> AuditRecord | None:
-        """Return the record of one denial."""
-        rows = self._rows(sa.select(AUDIT).where(AUDIT.c.denial_id == denial_id))
-        return _record(rows[0]) if rows else None
+        """Return the record of one denial.
 
-
-class Transaction:
-    """One change of the store, valid inside `Store.transaction` only."""
-
-    def __init__(self, connection: sa.Connection, raw: sqlite3.Connection) -> None:
-        self._connection = connection
-        self._sqlite = raw
-
-    def set_meta(self, key: str, value: int) -> None:
-        """Set one number of the `meta` table."""
-        row = {"key": key, "value": value}
-        self._connection.execute(META.insert().prefix_with("OR REPLACE"), row)
-
-    def _touch(self) -> None:
-        grown = META.update().where(META.c.key == "revision")
-        self._connection.execute(grown.values(value=META.c.value + 1))
-
-    def add_generation(self, row: GenerationRow) -> None:
-        """Add a generation, and its volume if it is new.
-
-        Raises: DataError if this generation is there already.
+        Raises: DataError if it is no record any more, HostError.
         """
-        volume = {"id": row.volume_id, "added_at_s": row.added_at_s}
-        self._connection.execute(VOLUMES.insert().prefix_with("OR IGNORE"), volume)
-        try:
-            self._connection.execute(GENERATIONS.insert(), dataclasses.asdict(row))
-        except RowExistsError as exc:
-            raise DataError(
-                f"volume {row.volume_id!r} generation {row.generation} is in the store",
-                hint="seal again with a higher --generation",
-            ) from exc
-        self._touch()
+        rows = self._raw(_DENIAL, denial_id)
+        return _record(*rows[0]) if rows else None
 
-    def remove(self, volume_id: str, generation: int | None) -> int:
-        """Remove one generation, or the volume; return how many generations went."""
-        chosen = GENERATIONS.delete().where(GENERATIONS.c.volume_id == volume_id)
-        if generation is not None:
-            chosen = chosen.where(GENERATIONS.c.generation == generation)
-        gone = self._connection.execute(chosen).rowcount
-        if generation is None:
-            self._connection.execute(VOLUMES.delete().where(VOLUMES.c.id == volume_id))
-        self._touch()
-        return gone
+    def audit_lines(self, after: int = 0) -> Iterator[dict[str, object]]:
+        """Return every record after a number, oldest first, as plain values with its hash.
 
-    def set_policy(self, volume_id: str, text: str, now_s: int) -> int:
-        """Set the policy of a volume; return its version."""
-        held = sa.select(POLICIES.c.version).where(POLICIES.c.volume_id == volume_id)
-        version = (self._connection.execute(held).scalar() or 0) + 1
-        row = PolicyRow(volume_id=volume_id, version=version, text=text, set_at_s=now_s)
-        replace = POLICIES.insert().prefix_with("OR REPLACE")
-        self._connection.execute(replace, dataclasses.asdict(row))
-        self._touch()
-        return version
-
-    def spend(self, volume_id: str, nonce: bytes, now_s: int, limit: int) -> int | None:
-        """Count a release against an hourly limit, each nonce once.
-
-        Returns the releases counted in the last hour, or None if the limit is reached.
+        Raises: DataError for one that is no record any more, HostError.
         """
-        old = NONCES.c.at_s <= now_s - _QUOTA_WINDOW_S
-        mine = NONCES.c.volume_id == volume_id
-        self._connection.execute(NONCES.delete().where(old))
-        count = sa.select(sa.func.count()).select_from(NONCES).where(mine)
-        used = self._connection.execute(count).scalar_one()
-        again = count.where(NONCES.c.nonce == nonce)
-        if self._connection.execute(again).scalar_one():
-            return used
-        if used >= limit:
-            return None
-        row = {"volume_id": volume_id, "nonce": nonce, "at_s": now_s}
-        self._connection.execute(NONCES.insert(), row)
-        return used + 1
-
-    def record(self, records: Sequence[AuditRecord]) -> None:
-        """Append audit records."""
-        rows = [_audit_row(item) for item in records]
-        self._sqlite.executemany(_APPEND, rows)
+        while rows := self._raw(_LINES, after):
+            for seq, data, digest in rows:
+                found = plain(_record(seq, data))
+                yield {**cast("dict[str, object]", found), "hash": digest.hex()}
+            after = rows[-1][0]
 
 
-_AUDIT_COLUMNS = tuple(column.name for column in AUDIT.c if column.name != "seq")
-_APPEND = (
-    f"INSERT INTO {AUDIT.name} ({', '.join(_AUDIT_COLUMNS)}) "  # noqa: S608  # our own names
-    f"VALUES ({', '.join(':' + name for name in _AUDIT_COLUMNS)})"
-)
-_REVISION = "SELECT value FROM meta WHERE key = 'revision'"
-
-
-def _audit_row(item: AuditRecord) -> dict[str, Any]:
-    row = {name: getattr(item, name) for name in _AUDIT_COLUMNS}
-    return {**row, "checks": _encode_checks(item.checks)}
-
-
-def _encode_checks(checks: tuple[Check, ...]) -> str:
-    """Encode as JSON; a value that is equal to the expected one is written once."""
-    rows = [
-        [one.name, int(one.ok), one.expected]
-        if one.expected == one.actual
-        else [one.name, int(one.ok), one.expected, one.actual]
-        for one in checks
-    ]
-    return json.dumps(rows, separators=(",", ":"))
-
-
-def _record(row: dict[str, Any]) -> AuditRecord:
-    checks = tuple(
-        Check(name=one[0], ok=bool(one[1]), expected=one[2], actual=one[-1])
-        for one in json.loads(row["checks"])
-    )
-    simulated = bool(row["simulated"])
-    return AuditRecord(**{**row, "checks": checks, "simulated": simulated})
-
-
-def _engine(path: Path) -> sa.Engine:
-    engine = sa.create_engine(
-        sa.URL.create("sqlite", database=str(path)),
-        poolclass=sa.StaticPool,
-        # Transactions are begun by hand, as BEGIN IMMEDIATE: two writers then wait for each
-        # other at the start instead of failing in the middle.
-        connect_args={
-            "isolation_level": None,
-            "timeout": _BUSY_TIMEOUT_S,
-            "check_same_thread": False,
-        },
-    )
-    sa.event.listen(engine, "connect", _set_pragmas)
-    return engine
-
-
-def _set_pragmas(connection: Any, _record: object) -> None:
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
-        connection.execute(f"PRAGMA {pragma}").close()
-
-
-@contextlib.contextmanager
-def _converted(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (SQLAlchemyError, sqlite3.Error) as exc:
-        reason = str(getattr(exc, "orig", None) or exc)
-        if "locked" in reason:
-            raise BusyError(f"store {path} is locked by another process") from exc
-        raise HostError("use", str(path), 0, hint=f"sqlite: {reason}") from exc
+def _record(seq: int, data: bytes) -> AuditRecord:
+    return parse_record(data, source=f"audit record {seq}")

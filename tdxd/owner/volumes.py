@@ -1,7 +1,9 @@
 """What the store holds of each volume, opened once and kept until the store changes.
 
-The unwrapped bundles stay in the memory of the key server, beside the key-encryption key that opens
-them: keeping them gives nothing away that the process does not hold anyway.
+Nothing that is not as it was sealed is used: such a volume opens for nobody, and its trouble says
+which row is wrong. The unwrapped bundles stay in the memory of the key server, beside the
+key-encryption key that opens them: keeping them gives nothing away that the process does not hold
+anyway.
 """
 
 from __future__ import annotations
@@ -9,13 +11,12 @@ from __future__ import annotations
 import dataclasses
 import threading
 
-from tdxd.core.hpke import KeyPair
 from tdxd.core.policy import parse_policy
 from tdxd.core.secret import Secret
 from tdxd.errors import ConfigError, DataError
 from tdxd.owner.judge import Finding
-from tdxd.owner.kek import unwrap
-from tdxd.owner.store import PolicyRow, Store
+from tdxd.owner.kek import Kek, unwrap
+from tdxd.owner.store import GenerationRow, PolicyRow, SealedVolume, Store
 
 __all__ = ["VolumeState", "Volumes"]
 
@@ -24,67 +25,99 @@ __all__ = ["VolumeState", "Volumes"]
 class VolumeState:
     """One volume: its policy, and the newest generation's bundle, encoded, if it opens.
 
-    `trouble` says why there is no bundle.
+    `trouble` says why there is no bundle; where rows are not as they were sealed, it names them,
+    and there is no policy either. `manifests` are (generation, SHA-256 of the manifest in hex) of
+    all generations that the owner ever added.
     """
 
+    revision: int
     finding: Finding
     policy_version: int
     generation: int
     bundle: Secret | None
     trouble: str = ""
+    manifests: frozenset[tuple[int, str]] = frozenset()
 
 
 class Volumes:
     """A view of the store for the server; safe to use from several threads."""
 
-    def __init__(self, store: Store, kek: KeyPair) -> None:
+    def __init__(self, store: Store, kek: Kek) -> None:
         self._store = store
         self._kek = kek
         self._lock = threading.Lock()
-        self._revision = -1
         self._states: dict[str, VolumeState] = {}
 
     def state(self, volume_id: str) -> VolumeState:
-        """Return the state of a volume as the store says now.
+        """Return the state of a volume, of some revision: the newest that this process has seen.
 
-        Raises: HostError, BusyError.
+        A decision by it stands only if the transaction that records it finds that revision.
+
+        Raises: StoreIntegrityError, HostError, BusyError.
         """
         with self._lock:
-            revision = self._store.revision()
-            if revision != self._revision:
-                self._states.clear()
-                self._revision = revision
-            if volume_id not in self._states:
-                state = self._load(volume_id)
-                if not state.finding.known:
-                    return state  # anybody may ask for any id: only ours are kept
-                self._states[volume_id] = state
-            return self._states[volume_id]
+            found = self._states.get(volume_id)
+            if found is None:
+                found = self._load(volume_id, self._store.sealed_volume(volume_id))
+                if (
+                    found.finding.known
+                ):  # anybody may ask for any id: only ours are kept
+                    self._states[volume_id] = found
+            return found
 
-    def _load(self, volume_id: str) -> VolumeState:
-        generations = self._store.generations(volume_id)
-        row = self._store.policy(volume_id)
-        finding = _finding(volume_id, row, known=bool(generations))
+    def renew(self, revision: int) -> None:
+        """Forget what is not of this revision of the store."""
+        with self._lock:
+            self._states = {
+                name: state
+                for name, state in self._states.items()
+                if state.revision == revision
+            }
+
+    def knows(self, volume_id: str, generation: int, manifest_sha256: bytes) -> bool:
+        """Say whether the owner ever added this generation with this manifest.
+
+        Removed ones count: a guest that served one has its event in its log until it boots again.
+
+        Raises: StoreIntegrityError, HostError, BusyError.
+        """
+        return (generation, manifest_sha256.hex()) in self.state(volume_id).manifests
+
+    def _load(self, volume_id: str, held: SealedVolume) -> VolumeState:
+        row = held.policy
         version = row.version if row else 0
-        if not generations:
+        present = [one for one in held.generations if not one.removed_at_s]
+        if held.trouble:
             return VolumeState(
-                finding=finding, policy_version=version, generation=0, bundle=None
+                revision=held.revision,
+                finding=Finding(known=True, policy=None, policy_trouble=held.trouble),
+                policy_version=version,
+                generation=0,
+                bundle=None,
+                trouble=held.trouble,
             )
-        newest = generations[-1]
         bundle, trouble = None, ""
-        try:
-            opened = unwrap(self._kek, newest.wrapped, volume_id, newest.generation)
-            with opened.secret:
-                bundle = Secret(opened.encode())
-        except DataError as exc:
-            trouble = exc.message
+        if present:
+            bundle, trouble = self._open(present[-1])
         return VolumeState(
-            finding=finding,
+            revision=held.revision,
+            finding=_finding(volume_id, row, known=bool(present)),
             policy_version=version,
-            generation=newest.generation,
+            generation=present[-1].generation if present else 0,
             bundle=bundle,
             trouble=trouble,
+            manifests=frozenset(
+                (one.generation, one.manifest_sha256) for one in held.generations
+            ),
         )
+
+    def _open(self, row: GenerationRow) -> tuple[Secret | None, str]:
+        try:
+            opened = unwrap(self._kek, row.wrapped, row.volume_id, row.generation)
+        except DataError as exc:
+            return None, exc.message
+        with opened.secret:
+            return Secret(opened.encode()), ""
 
 
 def _finding(volume_id: str, row: PolicyRow | None, *, known: bool) -> Finding:

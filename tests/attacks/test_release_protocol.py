@@ -183,9 +183,9 @@ async def test_token_of_another_server(owner, other_owner):
 
 async def test_token_of_another_deployment_with_the_same_key(owner):
     owner.add("v")
-    key = (owner.directory / "token.key").read_bytes()
+    key = owner.service._token_keys.sealing()
     claims = protocol.TokenClaims(
-        nonce=bytes(32), expiry_s=int(owner.now_s()) + 60, deployment=bytes(16)
+        nonce=b"n" * 32, expiry_s=int(owner.now_s()) + 60, deployment=bytes(16)
     )
     token = protocol.encode_token(claims, key=key, iv=os.urandom(12))
     await owner.fetch("v", connect=changing(lambda r: changed(r, token=token)))
@@ -223,7 +223,8 @@ def resealed(request, volume_id, bundle):
     """A bundle of the attacker's, sealed to the guest's key for this very request."""
     message = keyrelease_pb2.ReleaseRequest.FromString(request)
     info = protocol.sealed_info(protocol.transcript_hash(request), volume_id, 1)
-    return hpke.seal(bundle.encode(), hpke.parse_public_key(message.public_key), info)
+    plain = protocol.encode_released(bundle.encode(), 0)
+    return hpke.seal(plain, hpke.parse_public_key(message.public_key), info)
 
 
 async def test_answer_with_one_bundle_swapped_by_a_certificate_of_the_pinned_ca(owner):
@@ -610,7 +611,7 @@ async def test_wrapped_secret_swapped_in_the_database(owner):
     got = (await owner.fetch("v"))["v"]
     assert isinstance(got, DeniedError)
     assert owner.last().reason == "store"
-    assert "does not open" in owner.failed()["secret"][1]
+    assert "volume 'v' generation 1" in owner.failed()["secret"][1]
 
 
 async def test_no_audit_record_no_answer(owner):

@@ -16,7 +16,14 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-MODULES = ("daemon", "volume", "keyrelease", "serving", "guest")
+MODULES = (
+    "daemon",
+    "volume",
+    "keyrelease",
+    "keyrelease_load",
+    "serving",
+    "guest",
+)
 _TIMEOUT_S = 1800.0
 _TITLES = ("WHAT", "BUDGET", "MEASURED", "RATIO", "")
 _DETAIL_WIDTH = 96

@@ -23,6 +23,7 @@ PROGRAMS = {
     "tdxctl": "tdxctl.1",
     "tdx-seal": "tdx-seal.1",
     "tdx-keyd": "tdx-keyd.8",
+    "tdx-convert": "tdx-convert.1",
     "tdx-infer": "tdx-infer.1",
     "tdx-model-server": "tdx-model-server.1",
     "tdx-sim": "tdx-sim.1",

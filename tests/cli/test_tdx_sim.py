@@ -11,9 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from tdxd.core.policy import appraise_report, parse_policy
+from tdxd.core.appraisal import appraise_report
+from tdxd.core.policy import parse_policy
+from tdxd.core.qgs import QgsAddress
 from tdxd.core.quote import parse_quote
 from tdxd.errors import EX_CONFIG, EX_OK, EX_OSERR, EX_USAGE
+from tdxd.host.qgs import request_quote
 from tdxd.sim.platform import SimPlatform
 from tests.dcap import DATA, NOW, verify
 from tests.sim_process import running_sim, sim_command
@@ -87,6 +90,17 @@ def test_measurements_as_json(platform: Path) -> None:
         (["run", "P", "--pccs-only"], EX_USAGE, "--pccs"),
         (["run", "P", "--pccs-only", "--pccs", "127.0.0.1"], EX_USAGE, "IP:PORT"),
         (["run", "P", "--pccs-only", "--pccs", "0.0.0.0:0"], EX_USAGE, "loopback"),
+        (["run", "P", "--qgs-only"], EX_USAGE, "--qgs ADDRESS"),
+        (
+            ["run", "P", "--qgs-only", "--qgs", "tcp:1"],
+            EX_USAGE,
+            "is not vsock:CID",
+        ),
+        (
+            ["run", "P", "--qgs-only", "--qgs", "unix:/nowhere/q"],
+            EX_OSERR,
+            "unix:/nowhere/q",
+        ),
         (["measurements", "/nowhere"], EX_OSERR, "/nowhere/platform.toml"),
     ],
 )
@@ -114,12 +128,33 @@ def test_the_pccs_alone_runs_until_a_signal(platform: Path, number: int) -> None
         assert sim.stop(number) == (EX_OK, "")
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_quoting_service_alone_runs_until_a_signal(
+    platform: Path, tmp_path: Path, number: int
+) -> None:
+    where = tmp_path / "qgs"
+    report = SimPlatform.load(platform).td_report(DATA)
+    with running_sim(platform, "--qgs-only", "--qgs", f"unix:{where}") as sim:
+        assert sim.ready == {"qgs": f"unix:{where}"}
+        quote = request_quote(QgsAddress(path=str(where)), report, timeout_s=10)
+        assert parse_quote(quote).report_data == DATA
+        assert sim.stop(number) == (EX_OK, "")
+    assert not where.exists()
+
+
+def test_all_of_it_runs_at_once_without_a_mount(platform: Path, tmp_path: Path) -> None:
+    arguments = ("--pccs-only", "--pccs", "127.0.0.1:0", "--qgs", f"unix:{tmp_path}/q")
+    with running_sim(platform, *arguments) as sim:
+        assert set(sim.ready) == {"pccs", "qgs"}
+        assert sim.stop() == (EX_OK, "")
+
+
 @pytest.mark.root
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_run_leaves_nothing_mounted(platform: Path, tmp_path: Path, number) -> None:
     mount = tmp_path / "m"
     with running_sim(platform, "--mount", mount, "--pccs", "127.0.0.1:0") as sim:
-        assert set(sim.ready) == {"pccs", "tsm", "ccel"}
+        assert set(sim.ready) == {"pccs", "tsm", "tdx_guest", "rtmr", "ccel"}
         assert str(mount) in mounts()
         log = Path(sim.ready["ccel"]).read_bytes()
         assert log == SimPlatform.load(platform).event_log
@@ -141,7 +176,8 @@ def test_a_killed_one_is_cleaned_up_at_the_next_start(
         sim.stop(signal.SIGKILL)
         assert str(mount) in mounts()
     with running_sim(platform, "--mount", mount, "--device-only"):
-        assert sorted(os.listdir(mount)) == ["CCEL", "measurements", "report"]
+        names = ["CCEL", "measurements", "report", "tdx_guest"]
+        assert sorted(os.listdir(mount)) == names
     assert str(mount) not in mounts()
 
 

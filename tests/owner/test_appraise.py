@@ -15,9 +15,11 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509.name import _ASN1Type
 from cryptography.x509.oid import NameOID
 
-from tdxd.core.policy import appraise_platform, appraise_report, parse_policy
+from tdxd.core.appraisal import appraise_platform, appraise_report
+from tdxd.core.policy import parse_policy
 from tdxd.core.quote import td_attributes_bytes
 from tdxd.errors import ConfigError, EvidenceMalformedError
 from tdxd.owner.appraise import (
@@ -125,7 +127,7 @@ def test_policy_of_a_real_quote_accepts_it_where_up_to_date(name):
             continue
         checks = (
             *appraise_report(policy.tdx, got.verified.report),
-            *appraise_platform(policy.tdx, got.verified),
+            *appraise_platform(policy.tdx, got.verified, case["now"]),
         )
         failed = [check.name for check in checks if not check.ok]
         assert failed == ([] if case["status"] == "UpToDate" else ["tcb_status"])
@@ -160,7 +162,7 @@ def test_policy_written_from_the_platform_accepts_it(platform):
     rules = parse_policy(policy_text(platform)).tdx
     verified = judged(platform).verified
     checks = appraise_report(rules, verified.report) + appraise_platform(
-        rules, verified
+        rules, verified, NOW
     )
     assert all(check.ok for check in checks)
 
@@ -327,11 +329,26 @@ def test_root_may_be_pem(platform):
     assert load_root(pem, simulated=True, source="x") == sim_root(platform)
 
 
-def misissued_root(platform):
+def retyped(name):
+    """The same words in another ASN.1 string type: equal to the eye, and to `x509.Name`."""
+    kind = _ASN1Type.PrintableString
+    return x509.Name([x509.NameAttribute(one.oid, one.value, kind) for one in name])
+
+
+ISSUERS = {
+    "another": lambda _: x509.Name(
+        [x509.NameAttribute(NameOID.COMMON_NAME, "somebody else")]
+    ),
+    "retyped": retyped,
+    "reordered": lambda name: x509.Name(list(name)[::-1]),
+}
+
+
+def misissued_root(platform, issuer="another"):
     """The platform's own root key under a certificate that names another issuer."""
     root = platform.pki.root
     old = root.certificate
-    other = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "somebody else")])
+    other = ISSUERS[issuer](old.subject)
     builder = (
         x509.CertificateBuilder()
         .subject_name(old.subject)
@@ -346,12 +363,14 @@ def misissued_root(platform):
     return builder.sign(root.key, hashes.SHA256()).public_bytes(Encoding.DER)
 
 
-def test_root_of_the_right_key_that_names_another_issuer_is_refused(platform):
+@pytest.mark.parametrize("issuer", ISSUERS)
+def test_root_of_the_right_key_that_names_another_issuer_is_refused(platform, issuer):
     with pytest.raises(ConfigError, match="is not a self-signed root"):
-        load_root(misissued_root(platform), simulated=True, source="x")
+        load_root(misissued_root(platform, issuer), simulated=True, source="x")
 
 
-def test_dcap_qvl_aborts_for_a_root_that_is_not_self_issued(platform):
+@pytest.mark.parametrize("issuer", ISSUERS)
+def test_dcap_qvl_aborts_for_a_root_that_is_not_self_issued(platform, issuer):
     """Why `load_root` checks; in a process of its own, for it ends by SIGABRT."""
     script = (
         "import sys, json, dcap_qvl as d\n"
@@ -363,7 +382,7 @@ def test_dcap_qvl_aborts_for_a_root_that_is_not_self_issued(platform):
         [
             platform.quote(DATA).hex(),
             platform.collateral_json(NOW),
-            misissued_root(platform).hex(),
+            misissued_root(platform, issuer).hex(),
             NOW,
         ]
     )

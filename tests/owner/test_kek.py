@@ -65,8 +65,9 @@ def test_existing_key_is_never_overwritten(directory):
 
 
 def test_missing_key(tmp_path):
-    with pytest.raises(HostError, match=r"kek\.private: No such file"):
+    with pytest.raises(ConfigError, match=r"kek\.private is missing") as caught:
         read_kek(tmp_path)
+    assert "--kek FILE" in caught.value.hint
     with pytest.raises(HostError, match=r"kek\.public: No such file"):
         wrap(tmp_path, make_bundle("v"))
 

@@ -68,3 +68,38 @@ def test_config_that_is_not_text(tmp_path):
     (tmp_path / "keyd.toml").write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match="is not UTF-8 text"):
         read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "processes"),
+    [("", 1), ("workers = 1", 1), ("workers = 7", 7)],
+)
+def test_workers(tmp_path, text, processes):
+    config = read(tmp_path, GOOD + f"[serve]\n{text}\n")
+    assert config.serve.processes() == processes
+
+
+def test_one_worker_for_each_core(tmp_path):
+    import os
+
+    config = read(tmp_path, GOOD + '[serve]\nworkers = "auto"\n')
+    assert config.serve.processes() == min(64, len(os.sched_getaffinity(0)))
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        "[serve]\nworkers = -1",
+        "[serve]\nworkers = 65",
+        '[serve]\nworkers = "all"',
+        "[serve]\nworkers = [1]",
+        "[serve]\nworkers = true",
+        "[limits]\nreleases_per_s = 0.0",
+        "[limits]\npeer_calls = 0",
+        "[limits]\nrate = 5",
+        "[keys]\nrotate_token_s = 1.0",
+    ],
+)
+def test_bad_tables_of_serving_are_refused(tmp_path, table):
+    with pytest.raises(ConfigError, match=r"keyd\.toml: (serve|limits|keys)"):
+        read(tmp_path, GOOD + table + "\n")

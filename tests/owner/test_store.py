@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sqlite3
 import stat
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from tdxd.core.policy import Check
+from tdxd.core.check import Check
+from tdxd.core.secret import Secret
 from tdxd.errors import BusyError, ConfigError, DataError, HostError
-from tdxd.owner import store as store_module
-from tdxd.owner.store import AuditRecord, GenerationRow, Store
+from tdxd.owner import store_database
+from tdxd.owner.kek import create_kek
+from tdxd.owner.store import AuditRecord, GenerationRow, Store, TokenKeyRow
+from tdxd.owner.store_seal import StoreIntegrityError
 
 
 @pytest.fixture
 def store(tmp_path):
+    create_kek(tmp_path, Secret(bytes(range(96))))
     with Store.create(tmp_path) as made:
         yield made
 
@@ -70,10 +78,10 @@ def test_opening_nothing_says_how_to_make_one(tmp_path):
     assert "tdx-keyd init" in caught.value.hint
 
 
-def test_newer_schema_is_refused(tmp_path, store):
+def test_other_schema_is_refused(tmp_path, store):
     with store.transaction() as change:
-        change.set_meta("schema", 2)
-    with pytest.raises(ConfigError, match="schema version 2, not 1"):
+        change.set_meta("schema", 1)
+    with pytest.raises(ConfigError, match="schema version 1, not 2"):
         Store.open(tmp_path)
 
 
@@ -116,7 +124,7 @@ def test_policy_version_counts_up_and_survives_removal(store):
         assert change.set_policy("v", "one", 1) == 1
         assert change.set_policy("v", "two", 2) == 2
     with store.transaction() as change:
-        assert change.remove("v", None) == 1
+        assert change.remove("v", None, 9) == 1
         assert change.set_policy("v", "three", 3) == 3
     assert store.volume_ids() == ()
     policy = store.policy("v")
@@ -129,37 +137,37 @@ def test_one_generation_is_removed(store):
         change.add_generation(generation(1))
         change.add_generation(generation(2))
     with store.transaction() as change:
-        assert change.remove("v", 2) == 1
-        assert change.remove("v", 9) == 0
+        assert change.remove("v", 2, 9) == 1
+        assert change.remove("v", 9, 9) == 0
     assert [row.generation for row in store.generations("v")] == [1]
     assert store.volume_ids() == ("v",)
 
 
 def test_every_change_grows_the_revision(store):
-    seen = [store.revision()]
+    seen = [store.seal().revision]
     for change_with in (
         lambda change: change.add_generation(generation()),
         lambda change: change.set_policy("v", "text", 1),
-        lambda change: change.remove("v", None),
+        lambda change: change.remove("v", None, 9),
     ):
         with store.transaction() as change:
             change_with(change)
-        seen.append(store.revision())
+        seen.append(store.seal().revision)
     assert seen == sorted(set(seen))
 
 
 def test_audit_alone_does_not_grow_the_revision(store):
-    before = store.revision()
+    before = store.seal().revision
     with store.transaction() as change:
         change.record([record()])
-    assert store.revision() == before
+    assert store.seal().revision == before
 
 
 def test_change_by_another_process_is_seen(tmp_path, store):
-    before = store.revision()
+    before = store.seal().revision
     with Store.open(tmp_path) as other, other.transaction() as change:
         change.add_generation(generation())
-    assert store.revision() > before
+    assert store.seal().revision > before
     assert store.volume_ids() == ("v",)
 
 
@@ -190,8 +198,153 @@ def test_quota(store):
     assert spend(b"c", 3600) == 2  # the first one is an hour old
 
 
+_SPENDER = """
+import sys
+from pathlib import Path
+from tdxd.owner.store import Store
+with Store.open(Path(sys.argv[1])) as store:
+    sys.stdout.write("ready\\n"); sys.stdout.flush(); sys.stdin.readline()
+    granted = []
+    for number in range(60):
+        # every second nonce is asked for by both processes
+        name = b"shared%d" % number if number % 2 else b"%d of " % number + sys.argv[2].encode()
+        with store.transaction() as change:
+            if change.spend("v", name, 100, 50) is not None:
+                granted.append(name.decode())
+sys.stdout.write("\\n".join(granted))
+"""
+
+
+def test_quota_is_atomic_across_processes(tmp_path, store):
+    """Two processes that spend as fast as they can get exactly the quota, each nonce once."""
+    store.close()
+    argv = [sys.executable, "-c", _SPENDER, str(tmp_path)]
+    children = [
+        subprocess.Popen(
+            [*argv, name],
+            cwd=Path(__file__).parents[2],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for name in ("one", "two")
+    ]
+    for child in children:
+        assert child.stdout
+        assert child.stdout.readline() == "ready\n"
+    for child in children:
+        assert child.stdin
+        child.stdin.write("go\n")
+        child.stdin.flush()
+    granted = [child.communicate(timeout=60)[0].split("\n") for child in children]
+    assert [child.returncode for child in children] == [0, 0]
+    assert all(len(names) > 1 for names in granted)
+    assert len({*granted[0], *granted[1]}) == 50
+
+
+def test_floors_only_rise(tmp_path, store):
+    assert store.floors() == {}
+    with store.transaction() as change:
+        change.raise_floors({"tcb-evaluation/r/F": 17, "pck-crl/r/platform": 0})
+    before = store.seal().revision
+    with store.transaction() as change:
+        change.raise_floors({"tcb-evaluation/r/F": 16, "pck-crl/r/platform": 1})
+    assert store.seal().revision == before + 1
+    with store.transaction() as change:
+        change.raise_floors({"tcb-evaluation/r/F": 17})
+    assert store.seal().revision == before + 1  # nothing rose, nothing is written
+    with Store.open(tmp_path) as other:
+        assert other.floors() == {"tcb-evaluation/r/F": 17, "pck-crl/r/platform": 1}
+
+
+def test_token_keys(store):
+    def row(name, made_at_s):
+        return TokenKeyRow(key_id=name * 8, wrapped=b"w" + name, made_at_s=made_at_s)
+
+    with store.transaction() as change:
+        change.add_token_key(row(b"a", 10))
+        change.add_token_key(row(b"b", 20))
+    assert [one.key_id for one in store.token_keys()] == [b"b" * 8, b"a" * 8]
+    with (
+        pytest.raises(DataError, match="token key 6161616161616161 is in the store"),
+        store.transaction() as change,
+    ):
+        change.add_token_key(row(b"a", 30))
+    with store.transaction() as change:
+        assert change.drop_token_keys(20) == 1
+        assert change.drop_token_keys(20) == 0
+    assert [one.wrapped for one in store.token_keys()] == [b"wb"]
+
+
+def test_removed_generation_stays_known_without_its_secret(store):
+    with store.transaction() as change:
+        change.add_generation(generation(1))
+        change.add_generation(generation(2))
+        change.remove("v", 1, 9)
+    assert [row.generation for row in store.generations("v")] == [2]
+    held = store.sealed_volume("v")
+    assert held.trouble == ""
+    gone, kept = held.generations
+    assert (gone.generation, gone.wrapped, gone.removed_at_s) == (1, b"", 9)
+    assert (kept.generation, kept.wrapped, kept.removed_at_s) == (2, b"wrapped", 0)
+
+
+def test_removed_generation_comes_back_with_the_same_manifest_only(store):
+    with store.transaction() as change:
+        change.add_generation(generation())
+        change.remove("v", None, 9)
+    other = dataclasses.replace(generation(), manifest_sha256="11" * 32)
+    with (
+        pytest.raises(DataError, match="was in the store with another manifest"),
+        store.transaction() as change,
+    ):
+        change.add_generation(other)
+    assert store.volume_ids() == ()
+    with store.transaction() as change:
+        change.add_generation(generation())
+    assert store.volume_ids() == ("v",)
+
+
+def test_without_the_key_nothing_changes_and_nothing_is_vouched_for(tmp_path, store):
+    store.close()
+    key = tmp_path / "kek.private"
+    kept = key.rename(tmp_path / "elsewhere")
+    with Store.open(tmp_path) as locked:
+        assert locked.volume_ids() == ()
+        for attempt in (locked.floors, locked.token_keys, locked.seal):
+            with pytest.raises(ConfigError, match=r"kek\.private is missing") as caught:
+                attempt()
+            assert "--kek FILE" in caught.value.hint
+        with pytest.raises(ConfigError), locked.transaction():
+            pass
+    with Store.open(tmp_path, kept) as opened, opened.transaction() as change:
+        change.add_generation(generation())
+
+
+def test_another_key_is_noticed(tmp_path, store):
+    store.close()
+    other = tmp_path / "other"
+    other.write_bytes(bytes(96))
+    other.chmod(0o600)
+    with (
+        Store.open(tmp_path, other) as opened,
+        pytest.raises(StoreIntegrityError, match="is not authentic"),
+    ):
+        opened.floors()
+
+
+def test_audit_lines_are_the_chain(store):
+    with store.transaction() as change:
+        change.record([record(), record(decision="denied", denial_id="d")])
+    lines = list(store.audit_lines())
+    assert [line["seq"] for line in lines] == [1, 2]
+    assert lines[-1]["hash"] == store.seal().head.hex()
+    assert list(store.audit_lines(1)) == lines[1:]
+    assert list(store.audit_lines(2)) == []
+
+
 def test_second_writer_waits_and_then_gives_up(tmp_path, store, monkeypatch):
-    monkeypatch.setattr(store_module, "_BUSY_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(store_database, "_BUSY_TIMEOUT_S", 0.1)
     blocker = sqlite3.connect(tmp_path / "store.sqlite3", isolation_level=None)
     blocker.execute("BEGIN IMMEDIATE")
     try:

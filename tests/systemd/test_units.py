@@ -110,6 +110,8 @@ def test_users_and_directories(root):
     assert f"\n{ControlConfig().group}:" in f"\n{groups}"
     models = (root / "srv/models").stat()
     assert (models.st_mode & 0o777, models.st_uid) == (0o755, 0)
+    record = (root / "run/tdxd-record").stat()
+    assert (record.st_mode & 0o777, record.st_uid) == (0o700, 0)
 
 
 # --- units and programs fit ---------------------------------------------------
@@ -136,7 +138,12 @@ def test_names_are_the_defaults_of_the_configuration():
     assert setting("tdxd.socket", "SocketGroup") == control.group
     assert setting("tdxd-boot-check.service", "SupplementaryGroups") == control.group
     assert f"/run/{setting('tdxd.service', 'RuntimeDirectory')}" == control.runtime_dir
-    assert setting("tdxd.service", "ReadWritePaths") == f"-{PlatformConfig().tsm}"
+    platform = PlatformConfig()
+    record = str(Path(platform.runtime_log).parent)
+    writable = [f"-{path}" for path in (platform.tsm, platform.rtmr, record)]
+    assert settings("tdxd.service", "ReadWritePaths") == writable
+    tmpfiles = (SYSTEMD / "tmpfiles.d" / "tdxd.conf").read_text()
+    assert f"\nd {record} 0700 root root -\n" in tmpfiles
     made = (SYSTEMD / "sysusers.d" / "tdxd.conf").read_text()
     assert f"g {control.group} " in made
     assert f"u {ServingConfig().user} " in made
