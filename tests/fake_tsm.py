@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tdxd.core.quote import MAX_QUOTE_BYTES
 from tdxd.errors import EvidenceUnavailableError
 from tdxd.sim.platform import SimPlatform
 from tdxd.sim.tsm_entries import Quoter
@@ -13,7 +14,7 @@ class FakeTsm:
     """Answers as `ConfigfsTsm` does, with the faults of the platform's description."""
 
     def __init__(self, platform: SimPlatform, *, attempts: int = 4) -> None:
-        self._platform = platform
+        self.platform = platform
         self._quoter = Quoter(platform)
         self._attempts = attempts
 
@@ -26,10 +27,13 @@ class FakeTsm:
         if not quote:
             text = "outblob is empty: the host's quoting service failed"
             raise EvidenceUnavailableError(text, hint="the host must run QGS")
+        if len(quote) > MAX_QUOTE_BYTES:
+            text = f"outblob is longer than {MAX_QUOTE_BYTES} bytes"
+            raise EvidenceUnavailableError(text, hint="what made it is no QGS")
         return quote
 
     def event_log(self) -> bytes:
-        return self._platform.event_log
+        return self.platform.event_log
 
     def _try(self, report_data: bytes) -> bytes:
         for left in reversed(range(self._attempts)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
@@ -15,13 +16,16 @@ from tdxd.core.bundle import KeyBundle, Manifest
 from tdxd.core.secret import Secret
 from tdxd.errors import BusyError, IntegrityError, MissingError, TdxdError
 from tdxd.guest.handover import HandedDaemon
+from tdxd.host import clock
 from tdxd.host.ports import Cell, Child, ChildSpec, HandedChild, Host, MappedVolume
 
 __all__ = [
     "ExecutedError",
+    "FakeBoottime",
     "FakeChildren",
     "FakeMapper",
     "FakeMounts",
+    "FakeRtmr",
     "FakeSuccessor",
     "FakeTsm",
     "fake_host",
@@ -114,6 +118,44 @@ class FakeTsm:
         return b""
 
 
+class FakeRtmr:
+    """A register in memory; `broken` is what every use of it raises."""
+
+    def __init__(self) -> None:
+        self.register = bytes(48)
+        self.extended: list[bytes] = []
+        self.broken: TdxdError | None = None
+        self.lost: TdxdError | None = None
+        """Raised by extensions alone, which do not happen then."""
+
+    def value(self) -> bytes:
+        if self.broken is not None:
+            raise self.broken
+        return self.register
+
+    def check(self) -> None:
+        self.value()
+
+    def extend(self, digest: bytes) -> None:
+        if len(digest) != 48:
+            raise ValueError(f"digest is {len(digest)} bytes long, not 48")
+        self.value()
+        if self.lost is not None:
+            raise self.lost
+        self.register = hashlib.sha384(self.register + digest).digest()
+        self.extended.append(digest)
+
+
+class FakeBoottime:
+    """CLOCK_BOOTTIME, which a test may let jump ahead by `offset_s`."""
+
+    def __init__(self) -> None:
+        self.offset_s = 0.0
+
+    def __call__(self) -> float:
+        return clock.boottime_s() + self.offset_s
+
+
 class FakeChildren:
     """No child can be started: serving is tried with real ones."""
 
@@ -163,6 +205,8 @@ class FakeSuccessor:
 def fake_host() -> Host:
     return Host(
         tsm=FakeTsm(),
+        rtmr=FakeRtmr(),
+        boottime_s=FakeBoottime(),
         mapper=FakeMapper(),  # type: ignore[arg-type]  # name is a plain str here
         mounts=FakeMounts(),
         children=FakeChildren(),

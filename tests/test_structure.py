@@ -29,6 +29,7 @@ TDXCTL_MAY = {
     "tdxd.core",
     "tdxd.core.wire",
     "tdxd.cli.boundary",
+    "tdxd.cli.doctor_tables",
     "tdxd.cli.status_tables",
 }
 

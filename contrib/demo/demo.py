@@ -143,7 +143,9 @@ signing_key = "{signing_key(pin)}"
 
 [platform]
 tsm = "{places["tsm"]}"
-{event_log}
+{event_log}rtmr = "{places["rtmr"]}"
+runtime_log = "{here}/runtime-log"
+
 [[volume]]
 id = "digits"
 image = "{here}/digits.img"

@@ -81,6 +81,7 @@ signing_key = "{signing_key(pin)}"
 [platform]
 tsm = "/run/tdx-sim/report"
 event_log = "/run/tdx-sim/CCEL"
+rtmr = "/run/tdx-sim/measurements"
 
 [[volume]]
 id = "digits"

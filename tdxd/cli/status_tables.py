@@ -46,6 +46,7 @@ def show_status(shown: dict[str, object], as_json: bool) -> None:  # noqa: FBT00
     )
     if shown.get("swap_accepted"):
         print("warning: swap is accepted: keys and models can land on the disk")
+    _show_runtime(shown.get("runtime"))
     _show_volumes(_dicts(shown.get("volumes")))
     serving = shown.get("serving")
     if isinstance(serving, dict):
@@ -60,13 +61,23 @@ def _dicts(value: object) -> list[dict[str, object]]:
     )
 
 
+def _show_runtime(runtime: object) -> None:
+    """Say what keeps quotes from showing which volumes are served; nothing if they do."""
+    if not isinstance(runtime, dict):
+        return
+    if runtime.get("extend") == "never":
+        print("warning: quotes do not show what is served: RTMR3 is not extended")
+    _show_error("runtime log", runtime.get("error"))
+
+
 def _show_volumes(volumes: list[dict[str, object]]) -> None:
-    titles = ("VOLUME", "STATE", "GEN", "INTEGRITY", "SIZE", "IMAGE")
+    titles = ("VOLUME", "STATE", "GEN", "LEASE", "INTEGRITY", "SIZE", "IMAGE")
     rows = [
         (
             str(one["id"]),
             str(one["state"]),
             str(one["generation"] or "-"),
+            _span(one.get("lease_left_s")),
             str(one["integrity"] or "-"),
             _size(one["size_bytes"]),
             str(one["image"]),
@@ -76,6 +87,7 @@ def _show_volumes(volumes: list[dict[str, object]]) -> None:
     _table(titles, rows)
     for one in volumes:
         _show_error(f"volume {one['id']}", one.get("error"))
+        _show_error(f"lease of volume {one['id']}", one.get("lease_error"))
 
 
 def _show_serving(serving: dict[str, object]) -> None:
@@ -137,3 +149,13 @@ def _size(value: object) -> str:
             break
         size /= 1024
     return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+
+
+def _span(value: object) -> str:
+    """Return a time left in its largest unit, rounded down."""
+    if not isinstance(value, int | float):
+        return "-"
+    for unit, seconds in (("d", 86400), ("h", 3600), ("min", 60)):
+        if value >= 2 * seconds:
+            return f"{int(value / seconds)} {unit}"
+    return f"{int(value)} s"

@@ -24,6 +24,7 @@ from tdxd.errors import EX_OK, EX_TEMPFAIL, HostError, UsageError
 from tdxd.sim.platform import SimPlatform
 
 if TYPE_CHECKING:
+    from tdxd.core.qgs import QgsAddress
     from tdxd.sim.pccs import PccsServer
 
 __all__ = ["main"]
@@ -57,13 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     init = verb("init", "Make a platform: a root CA of its own and platform.toml.")
     init.set_defaults(verb=_init)
     running = verb("run", "Mount its files, serve its collateral, until SIGTERM.")
-    running.add_argument("--mount", metavar="MNT", type=Path, help="where to mount")
-    running.add_argument(
-        "--pccs", metavar="IP:PORT", help="a loopback address; port 0: any"
-    )
-    only = running.add_mutually_exclusive_group()
-    only.add_argument("--pccs-only", action="store_true", help="mount nothing")
-    only.add_argument("--device-only", action="store_true", help="serve no collateral")
+    _add_run_options(running)
     running.set_defaults(verb=_serve)
     quote = verb("quote", "Write one quote.")
     quote.add_argument("--report-data", metavar="HEX", required=True, help="64 bytes")
@@ -80,6 +75,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     measurements.set_defaults(verb=_measurements)
     return parser
+
+
+def _add_run_options(running: argparse.ArgumentParser) -> None:
+    running.add_argument("--mount", metavar="MNT", type=Path, help="where to mount")
+    running.add_argument(
+        "--pccs", metavar="IP:PORT", help="a loopback address; port 0: any"
+    )
+    running.add_argument(
+        "--qgs", metavar="ADDRESS", help="unix:/PATH or vsock:CID:PORT; quotes by QGS"
+    )
+    only = running.add_mutually_exclusive_group()
+    only.add_argument("--pccs-only", action="store_true", help="mount nothing")
+    only.add_argument("--device-only", action="store_true", help="serve no collateral")
+    only.add_argument("--qgs-only", action="store_true", help="serve --qgs alone")
 
 
 def _init(arguments: argparse.Namespace) -> int:
@@ -146,30 +155,44 @@ platforms = ["{values["ppid"]}"]
 
 def _serve(arguments: argparse.Namespace) -> int:
     platform = SimPlatform.load(arguments.directory)
-    if not arguments.pccs_only and arguments.mount is None:
-        raise UsageError("run needs --mount MNT, or --pccs-only")
-    if not arguments.device_only and arguments.pccs is None:
+    mounts = not arguments.pccs_only and not arguments.qgs_only
+    if mounts and arguments.mount is None:
+        raise UsageError("run needs --mount MNT, --pccs-only or --qgs-only")
+    pccs = not arguments.device_only and not arguments.qgs_only
+    if pccs and arguments.pccs is None:
         raise UsageError("run needs --pccs 127.0.0.1:PORT, or --device-only")
-    if arguments.pccs_only:
-        return _serve_pccs(platform, arguments.pccs)
+    if arguments.qgs_only and arguments.qgs is None:
+        raise UsageError("--qgs-only needs --qgs ADDRESS")
+    signals = {signal.SIGTERM, signal.SIGINT}
+    if not mounts:
+        # Blocked before the servers' threads start: they inherit it, and only sigwait takes one.
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     words = ["ready"]
     with contextlib.ExitStack() as stack:
-        if not arguments.device_only:
+        if pccs:
             server = _pccs(platform, arguments.pccs)
             stack.callback(server.close)
             words.append(f"pccs={server.url}")
-        return _serve_device(platform, arguments.mount.absolute(), words)
-
-
-def _serve_pccs(platform: SimPlatform, address: str) -> int:
-    # Blocked before the server's threads start: they inherit it, and only sigwait takes a signal.
-    signals = {signal.SIGTERM, signal.SIGINT}
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    server = _pccs(platform, address)
-    print("ready", f"pccs={server.url}", flush=True)
-    signal.sigwait(signals)
-    server.close()
+        if arguments.qgs is not None:
+            words.append(f"qgs={_qgs(platform, arguments.qgs, stack)}")
+        if mounts:
+            return _serve_device(platform, arguments.mount.absolute(), words)
+        print(*words, flush=True)
+        signal.sigwait(signals)
     return EX_OK
+
+
+def _qgs(platform: SimPlatform, text: str, stack: contextlib.ExitStack) -> QgsAddress:
+    from tdxd.core.qgs import parse_qgs_address
+    from tdxd.sim.qgs import QgsServer
+
+    try:
+        address = parse_qgs_address(text)
+    except ValueError as exc:
+        raise UsageError(f"--qgs {exc}") from None
+    server = QgsServer(platform, address)
+    stack.callback(server.close)
+    return server.address
 
 
 def _pccs(platform: SimPlatform, address: str) -> PccsServer:
@@ -184,7 +207,13 @@ def _serve_device(platform: SimPlatform, mount_point: Path, words: list[str]) ->
     from tdxd.sim.tsmfs import clear_stale_mount, serve_tsm
 
     clear_stale_mount(mount_point)
-    words.append(f"tsm={mount_point}/report")
+    faults = platform.description.faults
+    if faults.tsm == "none":
+        words.append(f"tsm={mount_point}/report")
+    if faults.quote != "no-provider":
+        words.append(f"tdx_guest={mount_point}/tdx_guest")
+    if faults.rtmr != "absent":
+        words.append(f"rtmr={mount_point}/measurements")
     if platform.event_log:
         words.append(f"ccel={mount_point}/CCEL")
     threading.Thread(
@@ -198,7 +227,7 @@ def _announce(mount_point: Path, words: list[str]) -> None:
     """Print the ready line as soon as the mount answers; end the program if it never does."""
     deadline = time.monotonic() + _READY_TIMEOUT_S
     while time.monotonic() < deadline:
-        if (mount_point / "measurements").is_dir():
+        if os.path.ismount(mount_point):
             print(*words, flush=True)
             return
         time.sleep(0.01)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from tdxd.cli.boundary import Parser, run
+from tdxd.cli.doctor_tables import show_findings
 from tdxd.cli.status_tables import event_line, show_status, to_json
 from tdxd.core import wire
 from tdxd.errors import (
@@ -66,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     health = add("health", "tell by the exit code whether the daemon is live or ready")
     health.add_argument("what", choices=("live", "ready"), nargs="?", default="ready")
     add("version", "show the daemon's version")
+    add("doctor", "say what is missing on this machine, and what to do about it")
     return parser
 
 
@@ -278,6 +280,23 @@ def _version(args: argparse.Namespace) -> int:
     return 0
 
 
+def _doctor(args: argparse.Namespace) -> int:
+    """Have the daemon examine the machine, or the program itself where there is no daemon."""
+    try:
+        shown = _result(args.socket, "doctor")
+    except UnavailableError as exc:
+        print(f"tdxctl: {exc.message}: asking tdxd doctor instead", file=sys.stderr)
+        beside = os.path.join(os.path.dirname(os.path.abspath(sys.argv[0])), "tdxd")
+        program = beside if os.access(beside, os.X_OK) else "tdxd"
+        flags = ["--json"] if args.json else []
+        try:
+            os.execvp(program, ["tdxd", "doctor", *flags])  # noqa: S606 — no shell is wanted
+        except OSError as gone:
+            text = f"no program {program}: {gone.strerror}"
+            raise UnavailableError(text, hint="install the package tdxd") from gone
+    return show_findings(shown, args.json)
+
+
 _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "status": _status,
     "mount": _change,
@@ -289,6 +308,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "wait": _wait,
     "health": _health,
     "version": _version,
+    "doctor": _doctor,
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import base64
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -11,8 +12,9 @@ from functools import partial
 from tdxd import __version__
 from tdxd.cli.boundary import Parser, run
 from tdxd.core.config import Config
-from tdxd.errors import NotAllowedError, ReexecError
-from tdxd.guest import app, handover
+from tdxd.errors import ConfigError, NotAllowedError, ReexecError
+from tdxd.guest import app, config_files, handover
+from tdxd.guest.config_files import LoadedConfig
 from tdxd.host import exec_in_place, log, machine, mappers, mount, systemd
 from tdxd.host.exec_in_place import Inherited
 from tdxd.host.ports import Host
@@ -43,38 +45,90 @@ def _parser() -> argparse.ArgumentParser:
         help="close what a killed daemon left open, and exit",
     )
     parser.add_argument("--version", action="version", version=f"tdxd {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="")
+    digest = verbs.add_parser(
+        "config-digest", help="print what MRCONFIGID must be for this configuration"
+    )
+    digest.add_argument(
+        "--config", default=argparse.SUPPRESS, metavar="FILE", help="the configuration"
+    )
+    digest.add_argument(
+        "--ca", metavar="FILE", help="where the file of key_release.ca lies now"
+    )
+    digest.add_argument(
+        "--base64", action="store_true", help="in base64, as QEMU takes it; else in hex"
+    )
+    doctor = verbs.add_parser(
+        "doctor", help="say what is missing on this machine, and what to do about it"
+    )
+    doctor.add_argument(
+        "--config", default=argparse.SUPPRESS, metavar="FILE", help="the configuration"
+    )
+    doctor.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
 
 def _main(argv: Sequence[str]) -> int:
     args = _parser().parse_args(argv)
     inherited = exec_in_place.take()
-    config = app.read_config(args.config)
+    if args.verb == "config-digest":
+        _print_digest(args)
+        return 0
+    if args.verb == "doctor":
+        return _doctor(args)
     if args.check_config:
+        config = config_files.read_config(args.config)
         print(f"{args.config}: ok, {len(config.volume)} volumes")
         return 0
     if os.geteuid() != 0:
         uid = os.geteuid()
         raise NotAllowedError(f"tdxd runs as root, not as uid {uid}", hint="sudo tdxd")
-    host = _host(config)
     if args.sweep:
+        config_files.read_config(args.config)
         _sweep()
         return 0
-    app.check_machine(config)
+    load = partial(_load, args.config)
+    loaded = load()
+    app.check_machine(loaded.config)
     if args.check_handover is not None:
         _check_handover(args.check_handover)
         return 0
-    _serve(config, host, inherited, partial(app.read_config, args.config))
+    _serve(loaded, inherited, load)
     return 0
 
 
+def _load(path: str) -> LoadedConfig:
+    """Read the configuration.
+
+    Raises: ConfigError, also if nothing measures it and it does not say that it need not be.
+    """
+    return config_files.require_trust(config_files.load_config(path))
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    """Examine this machine; a configuration that cannot be used is a finding."""
+    from tdxd.cli.doctor_tables import show_findings
+    from tdxd.guest import doctor
+
+    try:
+        findings = doctor.examine(config_files.load_config(args.config))
+    except ConfigError as exc:
+        findings = doctor.unconfigured(exc)
+    return show_findings(doctor.report(findings), args.json)
+
+
+def _print_digest(args: argparse.Namespace) -> None:
+    digest = config_files.digest_of(args.config, ca=args.ca)
+    print(base64.b64encode(digest).decode() if args.base64 else digest.hex())
+
+
 def _serve(
-    config: Config,
-    host: Host,
+    loaded: LoadedConfig,
     inherited: Inherited | None,
-    load_config: Callable[[], Config],
+    load_config: Callable[[], LoadedConfig],
 ) -> None:
     """Run the daemon, from a fresh start or in the place of the program before this one."""
+    config, host = loaded.config, _host(loaded.config)
     machine.harden()
     program = exec_in_place.this_program()
     notifier, sockets = systemd.adopt_environment()
@@ -91,7 +145,7 @@ def _serve(
     trio.run(
         partial(
             app.main,
-            config=config,
+            loaded=loaded,
             load_config=load_config,
             host=host,
             notifier=notifier,
@@ -113,11 +167,13 @@ def _check_handover(state_format: int) -> None:
 
 
 def _host(config: Config) -> Host:
+    from tdxd.host.evidence import make_tsm
     from tdxd.host.proc import CellChildren
-    from tdxd.host.tsm import ConfigfsTsm
+    from tdxd.host.rtmr import SysfsRtmr
 
     return Host(
-        tsm=ConfigfsTsm(config.platform.tsm, config.platform.event_log),
+        tsm=make_tsm(config.platform),
+        rtmr=SysfsRtmr(config.platform.rtmr),
         mapper=mappers.chosen(config.mapping),
         mounts=mount.KernelMounts(),
         children=CellChildren(),

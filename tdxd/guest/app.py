@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import glob
 import os
 import shutil
 import signal
@@ -13,56 +12,33 @@ from functools import partial
 
 import trio
 
-from tdxd.core.config import Config, parse_config
+from tdxd.core.config import Config
 from tdxd.errors import ConfigError, HostError, ReexecError, TdxdError
 from tdxd.guest import control
 from tdxd.guest.attest import Bundles
+from tdxd.guest.config_files import LoadedConfig
 from tdxd.guest.daemon import Daemon
 from tdxd.guest.events import Events
 from tdxd.guest.handover import State, decode_state
 from tdxd.guest.listener import Listeners
+from tdxd.guest.runtime_record import RuntimeRecord
 from tdxd.guest.successor import Successor, mount_namespace
 from tdxd.host import log, machine, proc, routes
 from tdxd.host.exec_in_place import SIGNALS, Inherited, Program
 from tdxd.host.ports import Host
 from tdxd.host.systemd import Notifier
 
-__all__ = ["check_machine", "fetch_bundles", "main", "read_config", "take_over"]
+__all__ = ["check_machine", "fetch_bundles", "main", "take_over"]
 
 _SILENT_S = 30.0
 """A reconciler that has not looked for this long hangs, unless an action is under way."""
 
 
-def read_config(path: str) -> Config:
-    """Read a TOML file and, beside it, `*.toml` of the directory `PATH.d` without suffix.
-
-    Raises: ConfigError.
-    """
-    names = [
-        path,
-        *sorted(glob.glob(glob.escape(path.removesuffix(".toml")) + ".d/*.toml")),
-    ]
-    files = []
-    for name in names:
-        try:
-            with open(name, encoding="utf-8") as file:
-                files.append((name, file.read()))
-        except (OSError, UnicodeDecodeError) as exc:
-            hint = "see man tdxd.toml, or name another with --config"
-            raise ConfigError(f"{name}: cannot be read: {exc}", hint=hint) from exc
-    return parse_config(files)
-
-
 def check_machine(config: Config) -> None:
-    """Refuse to start where secrets could leak or nothing proves the configuration.
+    """Refuse to start where secrets could leak.
 
     Raises: ConfigError, naming the deliberate relaxation.
     """
-    if not config.security.accept_unmeasured:
-        raise ConfigError(
-            "this configuration is unmeasured: no quote proves it to the key server",
-            hint="to try things out set security.accept_unmeasured = true",
-        )
     swap = machine.swap_areas()
     if swap and not config.security.accept_swap:
         raise ConfigError(
@@ -71,11 +47,19 @@ def check_machine(config: Config) -> None:
         )
 
 
-async def fetch_bundles(host: Host, config: Config, ids: tuple[str, ...]) -> Bundles:
+async def fetch_bundles(
+    host: Host, record: RuntimeRecord, loaded: LoadedConfig, ids: tuple[str, ...]
+) -> Bundles:
     """Run one key release exchange; loads gRPC and cryptography only now."""
     from tdxd.guest import keyfetch
 
-    return await keyfetch.fetch_bundles(ids, config=config.key_release, host=host)
+    return await keyfetch.fetch_bundles(
+        ids,
+        config=loaded.config.key_release,
+        host=host,
+        record=record,
+        ca_pem=loaded.ca_pem,
+    )
 
 
 def take_over(
@@ -122,8 +106,8 @@ def _check_same_place(state: State, config: Config, host: Host) -> None:
 
 async def main(
     *,
-    config: Config,
-    load_config: Callable[[], Config],
+    loaded: LoadedConfig,
+    load_config: Callable[[], LoadedConfig],
     host: Host,
     notifier: Notifier,
     sockets: dict[str, socket.socket],
@@ -136,35 +120,43 @@ async def main(
 
     Raises: HostError if an address or the control socket cannot be had.
     """
+    config = loaded.config
     listeners = Listeners(config, sockets, handed)
-    runtime_dir = config.control.runtime_dir
-    os.makedirs(os.path.join(runtime_dir, "volumes"), mode=0o755, exist_ok=True)
-    os.chmod(runtime_dir, 0o755)  # noqa: S103 — the serving user passes through; no secret here
+    runtime_dir, events = _make_runtime_dir(config), Events()
+    successor = Successor(
+        program,
+        notifier=notifier,
+        listeners=listeners,
+        runtime_dir=runtime_dir,
+        mapper=host.mapper.name,
+    )
+    record = RuntimeRecord(host.rtmr, config.platform, events=events)
     with _received_signals() as signals:
         async with trio.open_nursery() as nursery:
             daemon = Daemon(
                 host=host,
-                config=config,
+                record=record,
+                loaded=loaded,
                 load_config=load_config,
-                fetch=partial(fetch_bundles, host),
-                successor=Successor(
-                    program,
-                    notifier=notifier,
-                    listeners=listeners,
-                    runtime_dir=runtime_dir,
-                    mapper=host.mapper.name,
-                ),
-                events=Events(),
+                fetch=partial(fetch_bundles, host, record),
+                successor=successor,
+                events=events,
                 nursery=nursery,
             )
             daemon.start(handed.daemon if handed else None)
             nursery.start_soon(control.serve, listeners.control, daemon)
-            if listeners.health is not None:
-                nursery.start_soon(_serve_health, listeners.health, daemon)
+            nursery.start_soon(_serve_health, listeners.health, daemon)
             await _until_told_to_stop(daemon, notifier, nursery, signals)
     daemon.events.emit("daemon.stopped")
     listeners.close()
     shutil.rmtree(runtime_dir, ignore_errors=True)
+
+
+def _make_runtime_dir(config: Config) -> str:
+    path = config.control.runtime_dir
+    os.makedirs(os.path.join(path, "volumes"), mode=0o755, exist_ok=True)
+    os.chmod(path, 0o755)  # noqa: S103 — the serving user passes through; no secret here
+    return path
 
 
 @contextlib.contextmanager
@@ -181,8 +173,10 @@ def _received_signals() -> Iterator[AsyncIterator[int]]:
         yield received
 
 
-async def _serve_health(listener: socket.socket, daemon: Daemon) -> None:
-    """Answer health requests; loads h11 only now."""
+async def _serve_health(listener: socket.socket | None, daemon: Daemon) -> None:
+    """Answer health requests if there is where to; loads h11 only now."""
+    if listener is None:
+        return
     from tdxd.guest import health
 
     await health.serve(listener, daemon)

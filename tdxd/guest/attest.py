@@ -6,17 +6,18 @@ with a verdict for each.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Awaitable, Callable, Mapping
 
 import trio
 
-from tdxd.core.bundle import KeyBundle
 from tdxd.errors import TdxdError
+from tdxd.guest.leased import Leased
 from tdxd.guest.standstill import Standstill
 
 __all__ = ["Attester", "Bundles", "FetchBundles"]
 
-Bundles = Mapping[str, KeyBundle | TdxdError]
+Bundles = Mapping[str, Leased | TdxdError]
 """A bundle or an error for each volume id."""
 FetchBundles = Callable[[tuple[str, ...]], Awaitable[Bundles]]
 """Runs one exchange for these ids, which are sorted."""
@@ -31,17 +32,15 @@ class Attester:
         self._fetch = fetch
         self._standstill = standstill
         self._work: trio.CancelScope | None = None
-        self._waiting: dict[
-            str, list[trio.MemorySendChannel[KeyBundle | TdxdError]]
-        ] = {}
+        self._waiting: dict[str, list[trio.MemorySendChannel[Leased | TdxdError]]] = {}
         self._asked = trio.Event()
 
-    async def bundle(self, volume_id: str) -> KeyBundle:
-        """Return the bundle of a volume, from the next exchange.
+    async def bundle(self, volume_id: str) -> Leased:
+        """Return the bundle of a volume with its lease, from the next exchange.
 
         Raises: KeyReleaseError, EvidenceError.
         """
-        send, receive = trio.open_memory_channel[KeyBundle | TdxdError](1)
+        send, receive = trio.open_memory_channel[Leased | TdxdError](1)
         waiting = self._waiting.setdefault(volume_id, [])
         waiting.append(send)
         self._asked.set()
@@ -50,6 +49,10 @@ class Attester:
         finally:
             if send in waiting:
                 waiting.remove(send)
+            with contextlib.suppress(
+                trio.WouldBlock
+            ):  # called off when it had just come
+                _forget(receive.receive_nowait())
         if isinstance(answer, TdxdError):
             raise answer
         return answer
@@ -76,7 +79,7 @@ class Attester:
             self._work.cancel()
 
     async def _exchange(
-        self, batch: dict[str, list[trio.MemorySendChannel[KeyBundle | TdxdError]]]
+        self, batch: dict[str, list[trio.MemorySendChannel[Leased | TdxdError]]]
     ) -> None:
         ids = tuple(sorted(batch))
         answers: Bundles
@@ -91,6 +94,6 @@ class Attester:
                 send.send_nowait(answers[volume_id])
 
 
-def _forget(answer: KeyBundle | TdxdError) -> None:
-    if isinstance(answer, KeyBundle):
-        answer.secret.wipe()
+def _forget(answer: Leased | TdxdError) -> None:
+    if isinstance(answer, Leased):
+        answer.bundle.secret.wipe()

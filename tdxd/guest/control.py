@@ -254,6 +254,17 @@ async def _retry(daemon: Daemon, args: dict[str, object], _more: More) -> Any:
     return daemon.status()
 
 
+async def _doctor(daemon: Daemon, _args: dict[str, object], _more: More) -> Any:
+    """Examine the machine as the daemon sees it, from inside its sandbox."""
+    from tdxd.guest import doctor
+
+    loaded = daemon.loaded
+    findings = await trio.to_thread.run_sync(
+        doctor.examine, loaded, abandon_on_cancel=True
+    )
+    return doctor.report(findings)
+
+
 async def _reexec(daemon: Daemon, _args: dict[str, object], more: More) -> Any:
     """Give way to the new program; the exec itself ends the conversation."""
 
@@ -267,6 +278,7 @@ async def _reexec(daemon: Daemon, _args: dict[str, object], more: More) -> Any:
 _VERBS: dict[str, Callable[[Daemon, dict[str, object], More], Awaitable[Any]]] = {
     "status": _status,
     "version": _version,
+    "doctor": _doctor,
     "health": _health,
     "wait": _wait,
     "events": _events,

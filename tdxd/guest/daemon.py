@@ -12,21 +12,18 @@ import trio
 from tdxd import __version__
 from tdxd.core.config import Config, VolumeConfig
 from tdxd.core.plan import VolumeState
-from tdxd.errors import (
-    ConfigError,
-    MissingError,
-    NotReadyError,
-    ReexecError,
-    UsageError,
-)
+from tdxd.errors import MissingError, NotReadyError, ReexecError, UsageError
 from tdxd.guest import report
 from tdxd.guest.attest import Attester, Bundles
 from tdxd.guest.changes import Changes
+from tdxd.guest.config_files import LoadedConfig, check_reload
 from tdxd.guest.events import Events
 from tdxd.guest.handover import HandedDaemon, ServedVolume
 from tdxd.guest.reconciler import VolumeReconciler
+from tdxd.guest.runtime_record import RuntimeRecord
 from tdxd.guest.serving import ServingReconciler
 from tdxd.guest.standstill import Standstill
+from tdxd.guest.surroundings import Surroundings
 from tdxd.host import clock, images
 from tdxd.host.ports import Host
 
@@ -63,14 +60,15 @@ class Daemon:
         self,
         *,
         host: Host,
-        config: Config,
-        load_config: Callable[[], Config],
-        fetch: Callable[[Config, tuple[str, ...]], Awaitable[Bundles]],
+        record: RuntimeRecord,
+        loaded: LoadedConfig,
+        load_config: Callable[[], LoadedConfig],
+        fetch: Callable[[LoadedConfig, tuple[str, ...]], Awaitable[Bundles]],
         successor: Successor,
         events: Events,
         nursery: trio.Nursery,
     ) -> None:
-        self.config = config
+        self.loaded = loaded
         self.events = events
         self.changes = Changes()
         self.standstill = Standstill()
@@ -78,7 +76,7 @@ class Daemon:
         self._reexecuting = False
         self.started = clock.wall_clock()
         self.stopping = False
-        self._host = host
+        self._host, self._record = host, record
         self._load_config = load_config
         self._nursery = nursery
         self._fetch = fetch
@@ -87,14 +85,20 @@ class Daemon:
         self._volumes: list[VolumeReconciler] = []
         self.serving = ServingReconciler(
             host=host,
-            config=config,
+            config=loaded.config,
             standstill=self.standstill,
             changes=self.changes,
             events=events,
             volumes=self._served,
+            revoked=self._revoked,
             nursery=nursery,
         )
         self._serving_done = trio.Event()
+
+    @property
+    def config(self) -> Config:
+        """The configuration of now."""
+        return self.loaded.config
 
     # --- life ---
 
@@ -112,7 +116,7 @@ class Daemon:
 
     async def _fetch_bundles(self, ids: tuple[str, ...]) -> Bundles:
         """Ask under the config of now: a reload may have changed the servers."""
-        return await self._fetch(self.config, ids)
+        return await self._fetch(self.loaded, ids)
 
     async def _run_serving(self) -> None:
         await self.serving.run()
@@ -133,15 +137,20 @@ class Daemon:
         self._add_new()
 
     def _reconciler(self, spec: VolumeConfig) -> VolumeReconciler:
-        return VolumeReconciler(
-            spec,
+        around = Surroundings(
             host=self._host,
             release=self.config.key_release,
             attester=self._attester,
+            record=self._record,
             standstill=self.standstill,
             changes=self.changes,
             events=self.events,
+            nursery=self._nursery,
             directory=os.path.join(self.config.control.runtime_dir, "volumes"),
+        )
+        return VolumeReconciler(
+            spec,
+            around,
             in_use=lambda one: self.serving.uses(one.spec.id, one.generation),
         )
 
@@ -171,6 +180,12 @@ class Daemon:
                 mount_point=one.mount_point,
             )
             for one in sorted(open_, key=lambda item: item.spec.id)
+        )
+
+    def _revoked(self) -> frozenset[tuple[str, int | None]]:
+        """Return (id, generation) of each volume that no model server may see any longer."""
+        return frozenset(
+            (one.spec.id, one.generation) for one in self._volumes if one.forfeited
         )
 
     async def stop(self) -> None:
@@ -205,7 +220,8 @@ class Daemon:
     def status(self) -> dict[str, Any]:
         """Return the whole status."""
         return report.status(
-            config=self.config,
+            loaded=self.loaded,
+            record=self._record,
             started=self.started,
             reexecs=self.reexecs,
             pid=os.getpid(),
@@ -284,9 +300,10 @@ class Daemon:
         Raises: ConfigError, and nothing has changed; NotReadyError if something required did
         not come up.
         """
-        config = self._load_config()
-        self._check_unchangeable(config)
-        self.config = self.serving.config = config
+        loaded = self._load_config()
+        config = loaded.config
+        check_reload(self.config, config)
+        self.loaded, self.serving.config = loaded, config
         for one in self._volumes:
             same = config.volume_named(one.spec.id) == one.spec
             one.want(mounted=same, leave=not same)
@@ -301,38 +318,16 @@ class Daemon:
 
         Raises: NotReadyError, naming what did not come up.
         """
-        await self.until(
-            lambda: self.settled() and (self.readiness()[0] or self._failing())
-        )
+
+        def failing() -> bool:
+            return report.failing(self._volumes, self.serving)
+
+        await self.until(lambda: self.settled() and (self.readiness()[0] or failing()))
         ready, reasons, _code = self.readiness()
         if not ready:
             raise NotReadyError(
                 "reloaded, but not ready: " + "; ".join(reasons), hint="tdxctl status"
             )
-
-    def _failing(self) -> bool:
-        """Say whether what is not ready has an error to show, or no file to open."""
-        volumes = [
-            one for one in self._volumes if one.spec.required and not one.mounted
-        ]
-        absent = VolumeState.ABSENT
-        if volumes:
-            return all(
-                one.failure is not None or one.state is absent for one in volumes
-            )
-        return self.serving.failure is not None
-
-    def _check_unchangeable(self, config: Config) -> None:
-        """Refuse what only a restart can change.
-
-        Raises: ConfigError.
-        """
-        for name in ("control", "health", "mapping", "platform"):
-            if getattr(config, name) != getattr(self.config, name):
-                raise ConfigError(
-                    f"[{name}] changed: a reload cannot change it",
-                    hint="restart tdxd to apply it",
-                )
 
     # --- giving way to a new program ---
 

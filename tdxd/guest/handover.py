@@ -5,7 +5,8 @@ memory, between two programs of one process, and is no state file.
 
 `FORMAT` must change when a field changes its meaning, goes, or comes without a default; the same
 holds for the records from elsewhere in it (`VolumeConfig`, `MappedVolume` with its `Manifest`,
-`HandedChild`, `Model`). A field named `fd` or `…_fd` is a descriptor that stays open, -1 is none.
+`Lease`, `HandedChild`, `Model`). A field named `fd` or `…_fd` is a descriptor that stays open,
+-1 is none.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from tdxd.core.config import VolumeConfig
 from tdxd.core.decode import decode, plain, strict_map
 from tdxd.core.plan import Failure, ServingState, VolumeState
 from tdxd.errors import DataError, Retry, TdxdError
+from tdxd.guest.leased import Lease
 from tdxd.host.content import Model
 from tdxd.host.ports import HandedChild, MappedVolume
 
@@ -40,7 +42,7 @@ __all__ = [
     "encode_state",
 ]
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 _MAX_BYTES = 64 * 2**20
 _SOURCE = "handed over state"
 
@@ -131,6 +133,7 @@ class HandedVolume:
     since: str
     image: str | None
     mapped: MappedVolume | None
+    lease: Lease | None
     failure: HandedFailure | None
 
     def __post_init__(self) -> None:
@@ -223,7 +226,7 @@ class State:
     volumes: state of another one, or of another runtime directory, cannot be adopted.
     """
 
-    format: Literal[1] = FORMAT
+    format: Literal[2] = FORMAT
     runtime_dir: str
     mount_namespace: int
     mapper: str

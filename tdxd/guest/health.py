@@ -110,6 +110,16 @@ def _metrics(daemon: Daemon) -> str:
         labels = f"volume={json.dumps(one['id'])},state={json.dumps(one['state'])}"
         lines.append(f"tdxd_volume_state{{{labels}}} 1")
     lines += [
+        "# HELP tdxd_volume_lease_left_seconds How long a volume may be open without a renewal.",
+        "# TYPE tdxd_volume_lease_left_seconds gauge",
+    ]
+    for one in shown["volumes"]:
+        if one["lease_left_s"] is not None:
+            labels = f"volume={json.dumps(one['id'])}"
+            lines.append(
+                f"tdxd_volume_lease_left_seconds{{{labels}}} {one['lease_left_s']}"
+            )
+    lines += [
         "# HELP tdxd_serving_state The state of serving: 1 for the one it is in.",
         "# TYPE tdxd_serving_state gauge",
         f"tdxd_serving_state{{state={json.dumps(serving['state'])}}} 1",

@@ -29,6 +29,8 @@ from tdxd.errors import (
     UnreachableError,
 )
 from tdxd.guest.answer import Verdict, parse_answer, parse_challenge
+from tdxd.guest.leased import Leased
+from tdxd.guest.runtime_record import RuntimeRecord
 from tdxd.host.ports import Host, KeyServer
 from tdxd.host.rpc import GrpcKeyServer
 
@@ -36,7 +38,7 @@ __all__ = ["Connect", "Fetched", "fetch_bundles"]
 
 Connect = Callable[[Address, bytes], KeyServer]
 """Opens a server by its address and the PEM of the CA that it must prove itself to."""
-Fetched = dict[str, KeyBundle | TdxdError]
+Fetched = dict[str, Leased | TdxdError]
 
 
 async def fetch_bundles(
@@ -44,9 +46,14 @@ async def fetch_bundles(
     *,
     config: KeyReleaseConfig,
     host: Host,
+    record: RuntimeRecord,
+    ca_pem: bytes | None = None,
     connect: Connect = GrpcKeyServer,
 ) -> Fetched:
     """Ask for the bundles of some volumes; return a bundle or an error for each id.
+
+    `ca_pem` is the content of `config.ca` where that was measured with the configuration;
+    `None`: it is read now.
 
     An answer that proves itself is final, denials included; a server that does not answer, or
     whose answer does not prove itself, leaves the question to the next one. One quote per server
@@ -54,14 +61,15 @@ async def fetch_bundles(
     """
     ids = tuple(sorted(set(volume_ids), key=str.encode))
     try:
-        ca_pem = _read_ca(config.ca)
+        ca_pem = ca_pem or _read_ca(config.ca)
     except HostError as exc:
         return dict.fromkeys(ids, exc)
     failures: list[TdxdError] = []
     for name in config.servers:
         address = parse_address(name)
         try:
-            return await _ask(connect(address, ca_pem), address, ids, config, host)
+            exchange = _Exchange(str(address), ids, config, host, record)
+            return await _ask(connect(address, ca_pem), exchange, config.timeout_s)
         except (KeyReleaseError, RemoteProtocolError) as exc:
             failures.append(exc)
         except (EvidenceError, LocalProtocolError, HostError) as exc:
@@ -69,22 +77,13 @@ async def fetch_bundles(
     return dict.fromkeys(ids, _summary(config.servers, failures))
 
 
-async def _ask(
-    server: KeyServer,
-    address: Address,
-    ids: tuple[str, ...],
-    config: KeyReleaseConfig,
-    host: Host,
-) -> Fetched:
-    """Run one exchange with one server, within the configured time on the monotonic clock."""
+async def _ask(server: KeyServer, exchange: _Exchange, timeout_s: float) -> Fetched:
+    """Run one exchange with one server, within a time on the monotonic clock."""
     try:
-        with trio.fail_after(config.timeout_s) as scope:
-            exchange = _Exchange(
-                str(address), ids, config.accepted_signing_keys(), host
-            )
+        with trio.fail_after(timeout_s) as scope:
             return await exchange.run(server, scope)
     except trio.TooSlowError as exc:
-        text = f"key server {address} did not answer within {config.timeout_s:g} s"
+        text = f"key server {exchange.server} did not answer within {timeout_s:g} s"
         raise UnreachableError(text) from exc
     finally:
         with trio.CancelScope(shield=True):
@@ -95,27 +94,35 @@ class _Exchange:
     """One challenge and one release."""
 
     def __init__(
-        self, server: str, ids: tuple[str, ...], pins: tuple[bytes, ...], host: Host
+        self,
+        server: str,
+        ids: tuple[str, ...],
+        config: KeyReleaseConfig,
+        host: Host,
+        record: RuntimeRecord,
     ) -> None:
-        self._server = server
+        self.server = server
         self._ids = ids
-        self._pins = pins
-        self._host = host
+        self._pins = config.accepted_signing_keys()
+        self._host, self._record = host, record
+        self._sent_s = 0.0
 
     async def run(self, server: KeyServer, scope: trio.CancelScope) -> Fetched:
         challenge = parse_challenge(await server.challenge())
         pin_id = self._pinned(challenge.signing_key_sha256)
         with _fresh_key(self._host) as key:
-            event_log = await trio.to_thread.run_sync(self._host.tsm.event_log)
-            evidence = protocol.Evidence(
-                token=challenge.token,
-                public_key=key.public,
-                volume_ids=self._ids,
-                quote=b"",
-                event_log=event_log,
-                runtime_log=b"",
-            )
-            request = await self._request(evidence, pin_id, scope)
+            async with self._record.held() as runtime_log:
+                event_log = await trio.to_thread.run_sync(self._host.tsm.event_log)
+                evidence = protocol.Evidence(
+                    token=challenge.token,
+                    public_key=key.public,
+                    volume_ids=self._ids,
+                    quote=b"",
+                    event_log=event_log,
+                    runtime_log=runtime_log,
+                )
+                request = await self._request(evidence, pin_id, scope)
+            self._sent_s = self._host.boottime_s()
             answer = await server.release(request)
             return self._open(answer, protocol.transcript_hash(request), key)
 
@@ -123,7 +130,7 @@ class _Exchange:
         known = {protocol.signing_key_id(pin) for pin in self._pins}
         if key_id not in known:
             text = (
-                f"key server {self._server} signs with the key sha256:{key_id.hex()}, "
+                f"key server {self.server} signs with the key sha256:{key_id.hex()}, "
                 f"which is not pinned ({_pin_names(self._pins)})"
             )
             raise BadBundleError(text, hint=_PIN_HINT)
@@ -155,14 +162,14 @@ class _Exchange:
         pin = protocol.signed_by(self._pins, parsed.signature, request_sha384, signed)
         if pin is None:
             text = (
-                f"answer of key server {self._server} to this request is not signed "
+                f"answer of key server {self.server} to this request is not signed "
                 f"by a pinned key ({_pin_names(self._pins)})"
             )
             raise BadBundleError(text, hint=_PIN_HINT)
         answered = tuple(verdict.signed.volume_id for verdict in parsed.verdicts)
         if answered != self._ids:
             text = (
-                f"key server {self._server} answered for {', '.join(answered) or 'nothing'}, "
+                f"key server {self.server} answered for {', '.join(answered) or 'nothing'}, "
                 f"asked for {', '.join(self._ids)}"
             )
             raise BadBundleError(text)
@@ -170,37 +177,34 @@ class _Exchange:
         for verdict in parsed.verdicts:
             volume_id = verdict.signed.volume_id
             try:
-                opened[volume_id] = _bundle(verdict, request_sha384, key)
+                opened[volume_id] = self._leased(verdict, request_sha384, key)
             except KeyReleaseError as exc:
                 opened[volume_id] = exc
         return opened
 
+    def _leased(
+        self, verdict: Verdict, request_sha384: bytes, key: hpke.KeyPair
+    ) -> Leased:
+        """Open one verdict.
 
-def _bundle(verdict: Verdict, request_sha384: bytes, key: hpke.KeyPair) -> KeyBundle:
-    """Open one verdict.
-
-    Raises: DeniedError, KeyReleaseError for a passing trouble of the server, BadBundleError.
-    """
-    signed = verdict.signed
-    if signed.status != protocol.Status.RELEASED:
-        raise _denial(verdict)
-    what = f"bundle of volume {signed.volume_id!r} generation {signed.generation}"
-    info = protocol.sealed_info(request_sha384, signed.volume_id, signed.generation)
-    plain = bytearray(
-        hpke.open_sealed(
+        Raises: DeniedError, KeyReleaseError for a passing trouble of the server, BadBundleError.
+        """
+        signed = verdict.signed
+        if signed.status != protocol.Status.RELEASED:
+            raise _denial(verdict)
+        what = f"bundle of volume {signed.volume_id!r} generation {signed.generation}"
+        info = protocol.sealed_info(request_sha384, signed.volume_id, signed.generation)
+        plain = hpke.open_sealed(
             signed.sealed_bundle, key.private, info, error=BadBundleError, what=what
         )
-    )
-    try:
-        bundle = KeyBundle.parse(bytes(plain), source=what, error=BadBundleError)
-    finally:
-        plain[:] = bytes(len(plain))
-    found = (bundle.manifest.volume_id, bundle.manifest.generation)
-    if found != (signed.volume_id, signed.generation):
-        bundle.secret.wipe()
-        text = f"{what} holds volume {found[0]!r} generation {found[1]}"
-        raise BadBundleError(text)
-    return bundle
+        released = protocol.parse_released(plain, error=BadBundleError)
+        bundle = KeyBundle.parse(released.bundle, source=what, error=BadBundleError)
+        found = (bundle.manifest.volume_id, bundle.manifest.generation)
+        if found != (signed.volume_id, signed.generation):
+            bundle.secret.wipe()
+            text = f"{what} holds volume {found[0]!r} generation {found[1]}"
+            raise BadBundleError(text)
+        return Leased(bundle=bundle, lease_s=released.lease_s, sent_s=self._sent_s)
 
 
 def _denial(verdict: Verdict) -> KeyReleaseError:

@@ -16,16 +16,16 @@ import trio
 
 from tdxd.core import plan
 from tdxd.core.bundle import KeyBundle
-from tdxd.core.config import KeyReleaseConfig, VolumeConfig
+from tdxd.core.config import VolumeConfig
 from tdxd.core.plan import Failure, VolumePlan, VolumeSeen, VolumeState
-from tdxd.errors import BadHeaderError, IntegrityError, MissingError, Retry, TdxdError
-from tdxd.guest.attest import Attester
-from tdxd.guest.changes import Changes
-from tdxd.guest.events import Events
+from tdxd.errors import IntegrityError, Retry, TdxdError
+from tdxd.guest.failures import error_fields
 from tdxd.guest.handover import HandedFailure, HandedVolume
-from tdxd.guest.standstill import Standstill
+from tdxd.guest.lease import VolumeLease
+from tdxd.guest.opening import is_open, map_first
+from tdxd.guest.surroundings import Surroundings
 from tdxd.host import clock, images
-from tdxd.host.ports import Host, MappedVolume
+from tdxd.host.ports import MappedVolume
 
 __all__ = ["VolumeReconciler"]
 
@@ -46,14 +46,8 @@ class VolumeReconciler:
     def __init__(
         self,
         spec: VolumeConfig,
+        around: Surroundings,
         *,
-        host: Host,
-        release: KeyReleaseConfig,
-        attester: Attester,
-        standstill: Standstill,
-        changes: Changes,
-        events: Events,
-        directory: str,
         in_use: Callable[[VolumeReconciler], bool],
     ) -> None:
         self.spec = spec
@@ -63,13 +57,15 @@ class VolumeReconciler:
         self.state = VolumeState.ABSENT
         self.since = clock.wall_clock()
         self.mapped: MappedVolume | None = None
-        self.failure: Failure | None = None
         self.image: str | None = None
+        self.lease = VolumeLease(spec.id, around)
         self.beat_s = trio.current_time()
-        self._host, self._release = host, release
-        self._attester, self._changes, self._events = attester, changes, events
-        self._standstill = standstill
-        self._directory = directory
+        self._host, self._release = around.host, around.release
+        self._attester, self._record = around.attester, around.record
+        self._changes, self._events = around.changes, around.events
+        self._standstill, self._nursery = around.standstill, around.nursery
+        self._directory = around.directory
+        self._failures = around.failures("volume.failed", spec.id)
         self._in_use = in_use
         self._bundle: KeyBundle | None = None
         self._stuck_until_s: float | None = None
@@ -81,6 +77,11 @@ class VolumeReconciler:
         """Whether what was handed over is not what was mapped: it is closed, then opened anew."""
 
     # --- what others see and ask ---
+
+    @property
+    def failure(self) -> Failure | None:
+        """The last failure, until the volume is open or it is forgotten."""
+        return self._failures.last
 
     @property
     def generation(self) -> int | None:
@@ -116,6 +117,11 @@ class VolumeReconciler:
         """Whether it must be closed: it is not wanted, or not intact. Planned anew, too."""
         return self._plan(trio.current_time()).state is VolumeState.CLOSING
 
+    @property
+    def forfeited(self) -> bool:
+        """Whether it must be closed at once, and cut off from its users. Planned anew, too."""
+        return plan.forfeited(self._observe(), trio.current_time())
+
     def want(self, *, mounted: bool, leave: bool = False) -> None:
         """Set what is wanted; an exchange or a mapping under way is given up if not."""
         self.wanted = mounted and not leave
@@ -127,21 +133,24 @@ class VolumeReconciler:
     def give_up(self) -> None:
         """Call an exchange or a mapping under way off."""
         self._stop_work.set()
+        self.lease.give_up()
         if self._work is not None:
             self._work.cancel()
 
     def retry_now(self) -> None:
         """Forget the last failure and its wait."""
-        self.failure = None
+        self._failures.forget()
+        self.lease.retry_now()
         self._stuck_until_s = None
         self._changes.ring()
 
     def network_came_up(self) -> None:
         """Try again at once what a network mends: the last failure, or the attempt under way."""
         self._network_news = True
+        self.lease.network_came_up()
         if self.failure is not None and self.failure.error.retry is Retry.BACKOFF:
-            self.failure = None
-            self._changes.ring()
+            self._failures.forget()
+        self._changes.ring()
 
     # --- the loop ---
 
@@ -151,9 +160,7 @@ class VolumeReconciler:
             await self._standstill.passage()
             count, now_s = self._changes.count, trio.current_time()
             self.beat_s = now_s
-            step = plan.plan_volume(
-                wanted=self.wanted, seen=self._observe(), now_s=now_s
-            )
+            step = self._plan(now_s)
             self._show(step.state)
             if not isinstance(step.action, plan.Wait):
                 self.beat_s = now_s + self._allowance_s(step.action)
@@ -186,16 +193,22 @@ class VolumeReconciler:
                 f"volume {self.spec.id}: the image changed after it was opened",
                 hint="replace the image file, or: tdxctl retry " + self.spec.id,
             )
-            self._fail(error, images.tag_of(files))
+            self._failures.add(error, image_tag=images.tag_of(files))
+        expired = self.lease.newly_expired()
+        if expired is not None:
+            self._failures.add(expired, image_tag=images.tag_of(files))
         return VolumeSeen(
             image_tag=images.tag_of(files),
             keyed=self._bundle is not None,
             mapped=self.mapped is not None,
             mounted=self.mount_point in self._host.mounts.under(self._directory),
+            recorded=self.mapped is not None
+            and self._record.shows(self.mapped.manifest),
             intact=intact and not self._doubted,
             in_use=self._in_use(self),
             failure=self.failure,
             stuck_until_s=self._stuck_until_s,
+            lease=self.lease.seen(trio.current_time()),
         )
 
     def _failed_integrity(self) -> bool:
@@ -208,7 +221,7 @@ class VolumeReconciler:
             return
         self.state, self.since = state, clock.wall_clock()
         if state is VolumeState.MOUNTED:
-            self.failure = None
+            self._failures.forget()
         self._events.emit(
             f"volume.{state.value}", volume=self.spec.id, generation=self.generation
         )
@@ -222,11 +235,19 @@ class VolumeReconciler:
         except TdxdError as exc:
             if closing:
                 self._stuck_until_s = trio.current_time() + _CLOSE_RETRY_S
-                self._log_failure("volume.close_failed", exc)
+                self._events.emit(
+                    "volume.close_failed",
+                    level="warning",
+                    volume=self.spec.id,
+                    **error_fields(exc),
+                )
             elif self.wanted and not self._standstill.frozen:
-                self._fail(exc, tag)
+                news = self._network_news
+                self._failures.add(exc, image_tag=tag, at_once=news)
         else:
             self._stuck_until_s = None
+        if self.mapped is None and self._bundle is None:
+            self.lease.end()
         self._changes.ring()
 
     async def _do(self, action: plan.VolumeAction) -> None:
@@ -237,6 +258,12 @@ class VolumeReconciler:
                 await self._map()
             case plan.Mount():
                 await self._mount()
+            case plan.Record():
+                assert self.mapped is not None
+                await self._record.add(self.mapped.manifest)
+            case plan.Renew():
+                assert self.mapped is not None
+                self.lease.start_renewal(self._nursery, self.mapped.manifest)
             case plan.Unmount():
                 await self._blocking(
                     lambda: self._host.mounts.unmount(self.mount_point)
@@ -246,36 +273,16 @@ class VolumeReconciler:
             case plan.ForgetKey():
                 self._forget_key()
 
-    def _fail(self, error: TdxdError, tag: tuple[int, ...] | None) -> None:
-        attempts = self.failure.attempts + 1 if self.failure else 1
-        now_s = trio.current_time()
-        self.failure = Failure(
-            error=error,
-            attempts=attempts,
-            since_s=now_s,
-            until_s=now_s + self._pause_s(error, attempts),
-            image_tag=tag,
-        )
-        self._log_failure("volume.failed", error, attempts=attempts)
-
-    def _pause_s(self, error: TdxdError, attempts: int) -> float:
-        if self._network_news and error.retry is Retry.BACKOFF:
-            return 0.0
-        if error.retry is Retry.SLOW:
-            return self._release.denied_retry_s * (1 + 2 * clock.jitter())
-        ceiling_s = self._release.backoff_max_s
-        return plan.backoff_s(attempts, ceiling_s=ceiling_s, jitter=clock.jitter())
-
-    def _log_failure(self, event: str, error: TdxdError, **more: object) -> None:
-        fields = {"code": error.code, "error": error.message, "hint": error.hint}
-        self._events.emit(event, level="warning", volume=self.spec.id, **fields, **more)
-
     # --- the actions ---
 
     async def _attest(self) -> None:
+        """Get the key, unless it is known beforehand that the volume could not serve then."""
         self._network_news = False
         with trio.CancelScope() as self._work:
-            self._bundle = await self._attester.bundle(self.spec.id)
+            await self._record.check()
+            leased = await self._attester.bundle(self.spec.id)
+            self._bundle = leased.bundle
+            self.lease.begin(leased)
         self._work = None
 
     async def _map(self) -> None:
@@ -284,27 +291,16 @@ class VolumeReconciler:
         bundle = self._bundle
         self._stop_work.clear()
         try:
-            self.mapped = await self._blocking(lambda: self._map_first(bundle))
+            self.mapped, self.image = await self._blocking(
+                lambda: map_first(
+                    self._host.mapper,
+                    self.spec,
+                    bundle,
+                    cancelled=self._stop_work.is_set,
+                )
+            )
         finally:
             self._forget_key()
-
-    def _map_first(self, bundle: KeyBundle) -> MappedVolume:
-        """Try each candidate; raise the last one's error if none fits."""
-        error: TdxdError = MissingError(
-            f"volume {self.spec.id}: no file matches {self.spec.image}",
-            hint="copy the image there",
-        )
-        for file in images.candidates(self.spec.image):
-            try:
-                mapped = self._host.mapper.map_volume(
-                    file.path, bundle, cancelled=self._stop_work.is_set
-                )
-            except (BadHeaderError, IntegrityError) as exc:
-                error = exc
-            else:
-                self.image = file.path
-                return mapped
-        raise error
 
     async def _mount(self) -> None:
         mapped = self.mapped
@@ -345,6 +341,7 @@ class VolumeReconciler:
             since=self.since,
             image=self.image,
             mapped=self.mapped,
+            lease=self.lease.hand_over() if self.mapped else None,
             failure=HandedFailure.of(failure, now_s) if failure else None,
         )
 
@@ -352,7 +349,8 @@ class VolumeReconciler:
         """Go on with what the program before this one opened; call it before `run`."""
         self.wanted, self.leaving = handed.wanted, handed.leaving
         self.mapped, self.image = handed.mapped, handed.image
-        self._doubted = handed.mapped is not None and not _is_open(handed.mapped)
+        self.lease.adopt(handed.lease)
+        self._doubted = handed.mapped is not None and not is_open(handed.mapped)
         if self._doubted:
             self._events.emit(
                 "volume.not_adopted", level="warning", volume=self.spec.id
@@ -360,7 +358,7 @@ class VolumeReconciler:
         else:
             self.state, self.since = VolumeState(handed.state), handed.since
         if handed.failure is not None:
-            self.failure = handed.failure.failure(trio.current_time())
+            self._failures.last = handed.failure.failure(trio.current_time())
 
     async def close(self) -> None:
         """Close everything, whatever the state; for the daemon's last clean-up."""
@@ -372,13 +370,3 @@ class VolumeReconciler:
             with contextlib.suppress(TdxdError):
                 self._host.mapper.unmap(self.mapped)
             self.mapped = None
-
-
-def _is_open(mapped: MappedVolume) -> bool:
-    """Say whether the descriptor, if there is one, is still one of the device."""
-    if mapped.fd < 0:
-        return True
-    try:
-        return os.readlink(f"/proc/self/fd/{mapped.fd}") == mapped.device
-    except OSError:
-        return False

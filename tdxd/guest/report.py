@@ -10,15 +10,18 @@ from tdxd import __version__
 from tdxd.core.config import Config
 from tdxd.core.plan import Failure, ServingState, VolumeState
 from tdxd.errors import EX_NOPERM, EX_TEMPFAIL, EX_UNAVAILABLE, Retry
+from tdxd.guest.config_files import LoadedConfig
 from tdxd.guest.reconciler import VolumeReconciler
+from tdxd.guest.runtime_record import RuntimeRecord
 from tdxd.guest.serving import ServingReconciler
 
-__all__ = ["failure_exit_code", "readiness", "status"]
+__all__ = ["failing", "failure_exit_code", "readiness", "status"]
 
 
 def status(
     *,
-    config: Config,
+    loaded: LoadedConfig,
+    record: RuntimeRecord,
     started: str,
     reexecs: int,
     pid: int,
@@ -27,6 +30,7 @@ def status(
     serving: ServingReconciler,
 ) -> dict[str, Any]:
     """Return the whole status; nothing in it is secret."""
+    config = loaded.config
     ready, reasons = readiness(config, volumes, serving)
     return {
         "version": __version__,
@@ -35,7 +39,8 @@ def status(
         "reexecs": reexecs,
         "ready": ready,
         "reasons": reasons,
-        "config": "unmeasured",
+        "config": loaded.trust.value,
+        "runtime": record.status(),
         "swap_accepted": config.security.accept_swap,
         "mapper": mapper,
         "key_servers": list(config.key_release.servers),
@@ -58,6 +63,15 @@ def readiness(
     return not reasons, reasons
 
 
+def failing(volumes: list[VolumeReconciler], serving: ServingReconciler) -> bool:
+    """Say whether what is not ready has an error to show, or no file to open."""
+    missing = [one for one in volumes if one.spec.required and not one.mounted]
+    absent = VolumeState.ABSENT
+    if missing:
+        return all(one.failure is not None or one.state is absent for one in missing)
+    return serving.failure is not None
+
+
 def failure_exit_code(
     volumes: list[VolumeReconciler], serving: ServingReconciler
 ) -> int:
@@ -75,7 +89,7 @@ def failure_exit_code(
 
 
 def _volume(one: VolumeReconciler) -> dict[str, Any]:
-    mapped = one.mapped
+    mapped, left_s = one.mapped, one.lease.left_s
     shown: dict[str, Any] = {
         "id": one.spec.id,
         "state": one.state.value,
@@ -89,6 +103,8 @@ def _volume(one: VolumeReconciler) -> dict[str, Any]:
         "integrity": None,
         "size_bytes": mapped.manifest.payload_bytes if mapped else None,
         "device": mapped.device if mapped else None,
+        "lease_left_s": None if left_s is None else round(left_s, 1),
+        "lease_error": _failure(one.lease.failure),
         "error": _failure(one.failure),
     }
     if mapped is not None:

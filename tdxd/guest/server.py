@@ -92,6 +92,10 @@ class ModelServer:
         self._socket_path = socket_path
         self._status = ModelStatusClient(socket_path)
 
+    def sees_any(self, volumes: frozenset[tuple[str, int | None]]) -> bool:
+        """Say whether it was started on one of these (volume id, generation)."""
+        return any((one.volume_id, one.generation) in volumes for one in self.volumes)
+
     async def poll(self) -> None:
         """Ask for the state of every model; sets `ready` once all are available.
 

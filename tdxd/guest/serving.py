@@ -17,6 +17,7 @@ from tdxd.core.plan import Failure, ServerSeen, ServingGoal, ServingSeen, Servin
 from tdxd.errors import HostError, NotReadyError, TdxdError
 from tdxd.guest.changes import Changes
 from tdxd.guest.events import Events
+from tdxd.guest.failures import Failures
 from tdxd.guest.front import (
     Front,
     adopt_front,
@@ -60,20 +61,26 @@ class ServingReconciler:
         changes: Changes,
         events: Events,
         volumes: Callable[[], tuple[ServedVolume, ...] | None],
+        revoked: Callable[[], frozenset[tuple[str, int | None]]],
         nursery: trio.Nursery,
     ) -> None:
         self.config = config
         self.stopping = False
         self.state = ServingState.STOPPED
         self.since = clock.wall_clock()
-        self.failure: Failure | None = None
+        self._failures = Failures(
+            backoff_max_s=_BACKOFF_MAX_S,
+            slow_s=_BACKOFF_MAX_S,
+            events=events,
+            event="serving.failed",
+        )
         self.servers: dict[str, ModelServer] = {}
         self.front: Front | None = None
         self.restarts = 0
         self.beat_s = trio.current_time()
         self._host, self._changes, self._events = host, changes, events
         self._standstill = standstill
-        self._volumes = volumes
+        self._volumes, self._revoked = volumes, revoked
         self._nursery = nursery
         self._listener = Listener()
         """Outlives the front, so that no queued connection is lost."""
@@ -81,17 +88,19 @@ class ServingReconciler:
 
     # --- what others see and ask ---
 
+    @property
+    def failure(self) -> Failure | None:
+        """The last failure, until a server has proved itself or it is forgotten."""
+        return self._failures.last
+
     def uses(self, volume_id: str, generation: int | None) -> bool:
         """Say whether a model server was started on this volume and has not ended."""
-        return any(
-            (one.volume_id, one.generation) == (volume_id, generation)
-            for server in self.servers.values()
-            for one in server.volumes
-        )
+        wanted = frozenset([(volume_id, generation)])
+        return any(server.sees_any(wanted) for server in self.servers.values())
 
     def retry_now(self) -> None:
         """Forget the last failure and its wait."""
-        self.failure = None
+        self._failures.forget()
         self._changes.ring()
 
     @property
@@ -141,15 +150,21 @@ class ServingReconciler:
         )
 
     def _observe(self) -> ServingSeen:
+        revoked = self._revoked()
         servers = tuple(
             ServerSeen(
-                slot=one.slot, models_key=one.key, ready=one.ready, drained=one.drained
+                slot=one.slot,
+                models_key=one.key,
+                ready=one.ready,
+                drained=one.drained,
+                revoked=one.sees_any(revoked),
             )
             for one in self.servers.values()
         )
         return ServingSeen(
             servers=servers,
             front_key=self.front.key if self.front else None,
+            front_revoked=self.config.tls_volume in {name for name, _ in revoked},
             active=self.front.active if self.front else None,
             failure=self.failure,
         )
@@ -165,7 +180,7 @@ class ServingReconciler:
         try:
             await self._do(action)
         except TdxdError as exc:
-            self._fail(exc)
+            self._failures.add(exc)
             slot = getattr(action, "slot", None)
             if isinstance(action, plan.PollReady) and slot in self.servers:
                 await self._stop_server(slot)
@@ -190,24 +205,6 @@ class ServingReconciler:
                 await self._stop_server(slot)
             case plan.StopFront():
                 await self._stop_front()
-
-    def _fail(self, error: TdxdError) -> None:
-        now_s = trio.current_time()
-        attempts = self.failure.attempts + 1 if self.failure else 1
-        pause_s = plan.backoff_s(
-            attempts, ceiling_s=_BACKOFF_MAX_S, jitter=clock.jitter()
-        )
-        self.failure = Failure(
-            error=error, attempts=attempts, since_s=now_s, until_s=now_s + pause_s
-        )
-        self._events.emit(
-            "serving.failed",
-            level="warning",
-            code=error.code,
-            error=error.message,
-            hint=error.hint,
-            attempts=attempts,
-        )
 
     # --- the model server ---
 
@@ -245,9 +242,9 @@ class ServingReconciler:
         del self.servers[server.slot]
         server.close()
         if trio.current_time() - server.started_s > _STEADY_S:
-            self.failure = None
+            self._failures.forget()
         self.restarts += 1
-        self._fail(exited_error("the model server", status, server.lines))
+        self._failures.add(exited_error("the model server", status, server.lines))
         if self.front is not None and self.front.active == server.slot:
             with self._standstill.running("the end of a model server"):
                 await self._forget_in_front(server.slot)
@@ -298,6 +295,8 @@ class ServingReconciler:
         if server is None:
             return
         server.leaving = True
+        if self.front is not None and self.front.active == slot:
+            await self._forget_in_front(slot)
         with trio.CancelScope(shield=True):
             await server.child.stop(_STOP_S)
         server.close()
@@ -337,7 +336,7 @@ class ServingReconciler:
         self.front = None
         front.close()
         self.restarts += 1
-        self._fail(exited_error("the front", status, front.lines))
+        self._failures.add(exited_error("the front", status, front.lines))
         self._changes.ring()
 
     async def _stop_front(self) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import datetime as dt
 import random
+import time
 
-__all__ = ["jitter", "wall_clock"]
+__all__ = ["boottime_s", "jitter", "wall_clock"]
 
 _random = random.SystemRandom()
 
@@ -13,6 +14,14 @@ _random = random.SystemRandom()
 def jitter() -> float:
     """Return a number uniform in [0, 1)."""
     return _random.random()
+
+
+def boottime_s() -> float:
+    """Return seconds since the boot, those of a suspension too (CLOCK_BOOTTIME).
+
+    Nobody can set it; every program of one boot sees the same value.
+    """
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def wall_clock() -> str:

@@ -20,7 +20,16 @@ from pathlib import Path
 from tdxd.core.dm_table import Table
 from tdxd.errors import BusyError, HostError
 
-__all__ = ["Device", "available", "create", "mappings", "remove", "status"]
+__all__ = [
+    "Device",
+    "LiveTable",
+    "available",
+    "create",
+    "live_table",
+    "mappings",
+    "remove",
+    "status",
+]
 
 _CONTROL = "/dev/mapper/control"
 _HEADER = struct.Struct("<5I I i 3I Q 128s 129s 7x")
@@ -60,6 +69,15 @@ class Device:
     def path(self) -> str:
         """The node that the kernel makes in devtmpfs."""
         return f"/dev/dm-{self.number.partition(':')[2]}"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LiveTable:
+    """What the kernel says of a device with one target; an empty `target` if it has several."""
+
+    target: str
+    parameters: str
+    read_only: bool
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -126,6 +144,16 @@ def status(uuid: str) -> str:
     Raises: HostError, with ENXIO if there is no such device.
     """
     return _call(_TABLE_STATUS, uuid=uuid, flags=_NOFLUSH_FLAG).parameters
+
+
+def live_table(uuid: str) -> LiveTable:
+    """Return the live table of any device, not only of ours.
+
+    Raises: HostError, with ENXIO if there is no such device.
+    """
+    live = _call(_TABLE_STATUS, uuid=uuid, flags=_STATUS_TABLE_FLAG | _NOFLUSH_FLAG)
+    read_only = bool(live.flags & _READONLY_FLAG)
+    return LiveTable(live.target, live.parameters, read_only)
 
 
 def remove(uuid: str, *, deferred: bool = False) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tdxd.errors import HostError
 
-__all__ = ["harden", "swap_areas"]
+__all__ = ["boot_id", "harden", "swap_areas"]
 
 _PR_SET_DUMPABLE = 4
 """Source: prctl(2)."""
@@ -43,3 +43,14 @@ def swap_areas(path: str = "/proc/swaps") -> tuple[str, ...]:
             return tuple(line.split()[0] for line in list(lines)[1:] if line.strip())
     except FileNotFoundError:
         return ()  # a kernel without swap
+
+
+def boot_id(path: str = "/proc/sys/kernel/random/boot_id") -> str:
+    """Return what names this boot of the kernel (random(4)).
+
+    Raises: HostError.
+    """
+    try:
+        return Path(path).read_text(encoding="ascii").strip()
+    except OSError as exc:
+        raise HostError.of("read", path, exc) from exc

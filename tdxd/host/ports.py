@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Literal, Protocol
 
 from tdxd.core.bundle import KeyBundle, Manifest
+from tdxd.host import clock
 
 __all__ = [
     "Cell",
@@ -25,6 +26,7 @@ __all__ = [
     "MappedVolume",
     "Mapper",
     "Mounts",
+    "Rtmr",
     "Tsm",
 ]
 
@@ -41,6 +43,22 @@ class Tsm(Protocol):
 
     def event_log(self) -> bytes:
         """Return the CCEL data; empty if this platform has none."""
+        ...
+
+
+class Rtmr(Protocol):
+    """RTMR3 of this TD, which the guest itself may extend; nothing takes an extension back."""
+
+    def value(self) -> bytes:
+        """Return it, 48 bytes."""
+        ...
+
+    def check(self) -> None:
+        """Check that it could be extended now; changes nothing."""
+        ...
+
+    def extend(self, digest: bytes) -> None:
+        """Make it SHA-384(old value || digest); a digest is 48 bytes, else ValueError."""
         ...
 
 
@@ -224,7 +242,9 @@ class Host:
     """The facilities of one machine."""
 
     tsm: Tsm
+    rtmr: Rtmr
     mapper: Mapper
     mounts: Mounts
     children: Children
     random_bytes: Callable[[int], bytes]
+    boottime_s: Callable[[], float] = clock.boottime_s

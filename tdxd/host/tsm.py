@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import time
+from collections.abc import Iterator
 
-from tdxd.core.eventlog import MAX_LOG_BYTES
-from tdxd.core.quote import MAX_QUOTE_BYTES, REPORT_DATA_BYTES
+from tdxd.core.quote import MAX_QUOTE_BYTES
 from tdxd.errors import EvidenceUnavailableError
+from tdxd.host.attempts import TransientError, quote_by_attempts
+from tdxd.host.bounded import read_bounded
+from tdxd.host.event_log import read_event_log
 
 __all__ = ["ConfigfsTsm"]
 
@@ -27,16 +29,9 @@ _HINTS = {
     errno.EPERM: "only root may ask for quotes",
     errno.EBUSY: "another program keeps the quoting interface busy",
     errno.ETIMEDOUT: "the host's quoting service does not answer; the host must run QGS",
-    errno.EIO: "the hypervisor refused; the host must set quote-generation-socket",
+    errno.EFBIG: "the quote is larger than the kernel takes: it needs a newer kernel",
+    errno.EIO: "the host made no quote: it must set quote-generation-socket and run QGS",
 }
-
-
-class _TransientError(Exception):
-    """This attempt failed in a way that another may not."""
-
-    def __init__(self, error: EvidenceUnavailableError) -> None:
-        super().__init__(str(error))
-        self.error = error
 
 
 class ConfigfsTsm:
@@ -64,30 +59,35 @@ class ConfigfsTsm:
 
         Raises: EvidenceUnavailableError; ValueError for report data of another size.
         """
-        if len(report_data) != REPORT_DATA_BYTES:
-            raise ValueError(f"report data is {len(report_data)} bytes long, not 64")
-        for left in reversed(range(self._attempts)):
-            try:
-                return self._quote_once(report_data)
-            except _TransientError as exc:
-                if not left:
-                    raise exc.error from exc
-                time.sleep(self._pause_s)
-        raise AssertionError("attempts is at least 1")  # pragma: no cover
+        return quote_by_attempts(
+            self._quote_once,
+            report_data,
+            attempts=self._attempts,
+            pause_s=self._pause_s,
+        )
 
     def event_log(self) -> bytes:
         """Return the CCEL data, at most 1 MiB; empty if this platform has none.
 
         Raises: EvidenceUnavailableError.
         """
+        return read_event_log(self._event_log_path)
+
+    def has_provider(self) -> bool:
+        """Say whether this kernel makes quotes of a TDX guest this way; asks for none."""
         try:
-            return _read(self._event_log_path, MAX_LOG_BYTES)
-        except FileNotFoundError:
-            return b""
-        except OSError as exc:
-            raise _unavailable("read", self._event_log_path, exc) from exc
+            with self._entry() as entry:
+                return _attribute(entry, "provider") == _PROVIDER
+        except (EvidenceUnavailableError, TransientError):
+            return False
 
     def _quote_once(self, report_data: bytes) -> bytes:
+        with self._entry() as entry:
+            return _exchange(entry, report_data)
+
+    @contextlib.contextmanager
+    def _entry(self) -> Iterator[str]:
+        """Make a report entry for the time of a with block."""
         # A name of our own: a second writer in one entry is what `generation` would betray.
         name = f"tdxd-{os.getpid()}-{os.urandom(8).hex()}"
         entry = os.path.join(self._report_dir, name)
@@ -96,7 +96,7 @@ class ConfigfsTsm:
         except OSError as exc:
             raise _failed("mkdir", entry, exc) from exc
         try:
-            return _exchange(entry, report_data)
+            yield entry
         finally:
             # The entry holds nothing secret; a failed removal must not hide the cause above.
             with contextlib.suppress(OSError):
@@ -113,15 +113,12 @@ def _exchange(entry: str, report_data: bytes) -> bytes:
     _write(os.path.join(entry, "inblob"), report_data)
     path = os.path.join(entry, "outblob")
     try:
-        quote = _read(path, MAX_QUOTE_BYTES)
+        quote = read_bounded(path, MAX_QUOTE_BYTES)
     except OSError as exc:
+        if exc.errno == errno.EINVAL:  # no report data of 64 bytes: not as we wrote it
+            _check_generation(entry)
         raise _failed("read", path, exc) from exc
-    generation = _attribute(entry, "generation")
-    if generation != b"1":
-        text = (
-            f"{entry}/generation is {generation[:20]!r}, not 1: another program wrote"
-        )
-        raise _TransientError(EvidenceUnavailableError(text))
+    _check_generation(entry)
     if not quote:
         raise EvidenceUnavailableError(
             f"{path} is empty: the host's quoting service failed",
@@ -130,10 +127,19 @@ def _exchange(entry: str, report_data: bytes) -> bytes:
     return quote
 
 
+def _check_generation(entry: str) -> None:
+    """Check that exactly our own write was committed: 0 is a lost one, 2 is somebody else's."""
+    generation = _attribute(entry, "generation")
+    if generation != b"1":
+        what = "the write was lost" if generation == b"0" else "another program wrote"
+        text = f"{entry}/generation is {generation[:20]!r}, not 1: {what}"
+        raise TransientError(EvidenceUnavailableError(text))
+
+
 def _attribute(entry: str, name: str) -> bytes:
     path = os.path.join(entry, name)
     try:
-        return _read(path, _ATTRIBUTE_MAX_BYTES).rstrip(b"\n")
+        return read_bounded(path, _ATTRIBUTE_MAX_BYTES).rstrip(b"\n")
     except OSError as exc:
         raise _failed("read", path, exc) from exc
 
@@ -152,29 +158,7 @@ def _write(path: str, data: bytes) -> None:
         raise EvidenceUnavailableError(f"write {path}: {written} of {len(data)} bytes")
 
 
-def _read(path: str, max_bytes: int) -> bytes:
-    """Read to the end; files of configfs and sysfs do not tell their size beforehand."""
-    parts: list[bytes] = []
-    size = 0
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        while part := os.read(fd, max_bytes + 1 - size):
-            parts.append(part)
-            size += len(part)
-            if size > max_bytes:
-                raise EvidenceUnavailableError(
-                    f"{path} is longer than {max_bytes} bytes"
-                )
-    finally:
-        os.close(fd)
-    return b"".join(parts)
-
-
 def _failed(op: str, path: str, exc: OSError) -> Exception:
-    error = _unavailable(op, path, exc)
-    return _TransientError(error) if exc.errno in _TRANSIENT else error
-
-
-def _unavailable(op: str, path: str, exc: OSError) -> EvidenceUnavailableError:
     hint = _HINTS.get(exc.errno or 0, "")
-    return EvidenceUnavailableError(f"{op} {path}: {exc.strerror}", hint=hint)
+    error = EvidenceUnavailableError(f"{op} {path}: {exc.strerror}", hint=hint)
+    return TransientError(error) if exc.errno in _TRANSIENT else error

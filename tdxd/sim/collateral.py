@@ -29,7 +29,8 @@ class TcbState:
     """What the collateral says of the platform; times are seconds since 1970.
 
     `issued_s` is one hour before now unless set, `next_update_s` 30 days after it. `signer`
-    names the key that signs TCB info and QE identity: "pck" is a forgery.
+    names the key that signs TCB info and QE identity: "pck" is a forgery. The QE identity's
+    evaluation number and the CRLs' times of issue are those of the TCB info unless set.
     """
 
     tcb_status: str = "UpToDate"
@@ -42,8 +43,11 @@ class TcbState:
     next_update_s: int | None = None
     fmspc: bytes | None = None
     signer: SignerName = "tcb_signer"
+    qe_eval_data_number: int | None = None
     pck_crl_number: int = 1
     root_crl_number: int = 1
+    pck_crl_issued_s: int | None = None
+    root_crl_issued_s: int | None = None
     revoked: tuple[Revocable, ...] = ()
 
 
@@ -87,9 +91,20 @@ def make_collateral(
     qe_identity = _compact(_qe_identity(dates, state))
     signer: Signer = getattr(pki, state.signer)
     chain = pki.tcb_chain_pem if state.signer == "tcb_signer" else pki.pck_chain_pem
-    times = {"this_update_s": issued, "next_update_s": ends}
-    root_crl = make_crl(pki.root, number=state.root_crl_number, revoked=others, **times)
-    pck_crl = make_crl(pki.pck_ca, number=state.pck_crl_number, revoked=pck, **times)
+    root_crl = make_crl(
+        pki.root,
+        number=state.root_crl_number,
+        revoked=others,
+        this_update_s=_or(state.root_crl_issued_s, issued),
+        next_update_s=ends,
+    )
+    pck_crl = make_crl(
+        pki.pck_ca,
+        number=state.pck_crl_number,
+        revoked=pck,
+        this_update_s=_or(state.pck_crl_issued_s, issued),
+        next_update_s=ends,
+    )
     return Collateral(
         pck_crl_issuer_chain=pki.pck_ca_chain_pem,
         root_ca_crl=root_crl,
@@ -139,7 +154,9 @@ def _qe_identity(dates: dict[str, str], state: TcbState) -> dict[str, object]:
         "id": "TD_QE",
         "version": 2,
         **dates,
-        "tcbEvaluationDataNumber": state.eval_data_number,
+        "tcbEvaluationDataNumber": _or(
+            state.qe_eval_data_number, state.eval_data_number
+        ),
         "miscselect": "00000000",
         "miscselectMask": "FFFFFFFF",
         "attributes": "11000000000000000000000000000000",
@@ -155,6 +172,10 @@ def _level(
 ) -> dict[str, object]:
     level = {"tcb": tcb, "tcbDate": _iso(state.tcb_date_s), "tcbStatus": status}
     return {**level, "advisoryIDs": list(advisories)} if advisories else level
+
+
+def _or(chosen: int | None, default: int) -> int:
+    return default if chosen is None else chosen
 
 
 def _compact(value: object) -> str:

@@ -117,14 +117,44 @@ class TcbDescription:
 class Faults:
     """What goes wrong when a quote is asked for.
 
-    `quote`: "empty" is a quoting service that failed, "timeout" one that never answered (the
-    kernel's ETIMEDOUT), "no-provider" a kernel without TDX. The first `count` quotes fail so, or
-    all of them if it is 0. `delay_s` is how long a quote takes.
+    `quote`: "empty" is a quoting service that failed, "error" the same to a kernel of 2026 (EIO),
+    "timeout" one that never answered (ETIMEDOUT), "oversize" one whose quote has 20,000 bytes,
+    "too-large" one whose quote is more than the kernel takes (EFBIG), "no-provider" a kernel
+    without TDX. The first `count` quotes fail so, or all of them if it is 0. `delay_s` is how
+    long a quote takes.
+
+    `tsm`: "absent" is a kernel before 6.7, without configfs-tsm. `rtmr`: "absent" is a kernel
+    before 6.16, without measurement files; "fails" is a TDX module that refuses every extension
+    (EIO). `report`: "fails" is a TDX module that makes no TD report (EIO), "other-data" one over
+    other report data.
+
+    `qgs` is how a QGS on a socket answers: "error" reports `qgs_error`, "no-quote" success
+    without a quote, "split" sends single bytes, "swapped" a length of the wrong byte order,
+    "swapped-header" such a header, "oversize" announces 2 GiB, "hang-up" ends in mid-answer,
+    "minor-0" is an old one, "other-type" answers another question.
     """
 
-    quote: Literal["none", "empty", "timeout", "no-provider"] = "none"
+    quote: Literal[
+        "none", "empty", "error", "timeout", "oversize", "too-large", "no-provider"
+    ] = "none"
     count: int = 0
     delay_s: float = 0.0
+    tsm: Literal["none", "absent"] = "none"
+    rtmr: Literal["none", "absent", "fails"] = "none"
+    report: Literal["none", "fails", "other-data"] = "none"
+    qgs: Literal[
+        "none",
+        "error",
+        "no-quote",
+        "split",
+        "swapped",
+        "swapped-header",
+        "oversize",
+        "hang-up",
+        "minor-0",
+        "other-type",
+    ] = "none"
+    qgs_error: int = 0x12001
 
     def __post_init__(self) -> None:
         if self.count < 0:
@@ -220,7 +250,13 @@ advisories = []
 evaluation_data_number = 20
 
 [faults]
-quote = "none"                        # or empty, timeout, no-provider
+quote = "none"                        # or empty, error, timeout, oversize, too-large, no-provider
 count = 0                             # so many quotes fail, then all is well; 0: all fail
 delay_s = 0.0
+tsm = "none"                          # or absent: a kernel before 6.7, without configfs-tsm
+rtmr = "none"                         # or absent: a kernel before 6.16; fails: no extension works
+report = "none"                       # or fails, other-data: the TDX module's TD report
+qgs = "none"                          # or error, no-quote, split, swapped, swapped-header,
+                                      # oversize, hang-up, minor-0, other-type: QGS on a socket
+qgs_error = 0x12001
 """

@@ -1,11 +1,13 @@
-"""Serve the collateral of the simulated platform over HTTP, in the shape of a PCCS.
+"""Serve the collateral of the simulated platform over HTTP, in the shape of a PCCS or of a PCS.
 
-Source: Intel PCS API version 4 (paths, header names); Intel PCCS, QuoteGeneration/pccs (status
-codes, CRLs as hex unless DER is asked for). Issuer chains are URL-encoded PEM in headers.
+Source: Intel PCS API version 4 (paths, header names; CRLs as PEM or DER); Intel PCCS,
+QuoteGeneration/pccs/controllers (status codes, CRLs as hex unless DER is asked for; older ones
+always hex, and another header name). Issuer chains are URL-encoded PEM in headers.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import http.server
 import ipaddress
@@ -14,33 +16,44 @@ import threading
 import time
 import urllib.parse
 from collections.abc import Callable
+from typing import Literal
 
 from tdxd.errors import HostError, UsageError
 from tdxd.sim.collateral import Collateral
 from tdxd.sim.platform import SimPlatform
 
-__all__ = ["PccsServer"]
+__all__ = ["Answer", "Dialect", "PccsServer"]
 
 _NO_DATA = "No cache data for this platform."
 _BAD_REQUEST = "Invalid request parameters."
 _FMSPC_DIGITS = 12
+_TCB_CHAIN = "TCB-Info-Issuer-Chain"
 _TIMEOUT_S = 10.0
+_POLL_S = 0.05
+"""So soon it ends."""
+Dialect = Literal["pccs", "old-pccs", "pcs"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """One HTTP answer."""
+    """One HTTP answer; `drip_s` is slept before each byte of it, headers included."""
 
     status: int
     content_type: str
     body: bytes
     header: tuple[str, str] | None = None
+    drip_s: float = 0.0
+
+
+ChangeAnswer = Callable[[str, Answer], Answer]
+"""Makes of the right answer to a path the one that a broken or lying service gives."""
 
 
 class PccsServer:
     """An HTTP server on the loopback interface, in threads of its own.
 
-    `now_s` gives the seconds since 1970 at which each answer's collateral is signed.
+    `now_s` gives the seconds since 1970 at which each answer's collateral is signed; `change` may
+    spoil answers.
     """
 
     def __init__(
@@ -50,6 +63,8 @@ class PccsServer:
         port: int,
         *,
         now_s: Callable[[], int] = lambda: int(time.time()),
+        dialect: Dialect = "pccs",
+        change: ChangeAnswer = lambda _path, right: right,
     ) -> None:
         """Bind and start; port 0 takes any free one.
 
@@ -61,7 +76,15 @@ class PccsServer:
             daemon_threads = True
             address_family = socket.AF_INET6 if address.version == 6 else socket.AF_INET
 
-        handler = _handler_class(lambda: platform.collateral(now_s()), platform.fmspc)
+        def respond(target: str) -> Answer:
+            url = urllib.parse.urlsplit(target)
+            query = dict(urllib.parse.parse_qsl(url.query))
+            signed = platform.collateral(now_s())
+            right = answer(url.path, query, signed, platform.fmspc, dialect)
+            return change(url.path, right)
+
+        self._ending = threading.Event()
+        handler = _handler_class(respond, self._ending)
         try:
             self._server = Server((str(address), port), handler)
         except OSError as exc:
@@ -69,21 +92,29 @@ class PccsServer:
         bound = self._server.server_address[1]
         self.url = f"http://{_bracketed(address)}:{bound}"
         self._thread = threading.Thread(
-            target=self._server.serve_forever, name="pccs", daemon=True
+            target=self._server.serve_forever,
+            args=(_POLL_S,),
+            name="pccs",
+            daemon=True,
         )
         self._thread.start()
 
     def close(self) -> None:
         """Stop answering; harmless when repeated."""
+        self._ending.set()
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()
 
 
 def answer(
-    path: str, query: dict[str, str], collateral: Collateral, fmspc: str
+    path: str,
+    query: dict[str, str],
+    collateral: Collateral,
+    fmspc: str,
+    dialect: Dialect = "pccs",
 ) -> Answer:
-    """Return what a PCCS says to one GET request."""
+    """Return what a PCCS, or Intel's PCS, says to one GET request."""
     routes = {
         "/sgx/certification/v4/pckcrl": _pck_crl,
         "/sgx/certification/v4/rootcacrl": _root_crl,
@@ -93,7 +124,20 @@ def answer(
     route = routes.get(path)
     if route is None:
         return _text(404, "Not Found")
-    return route(query, collateral, fmspc)
+    return _in_dialect(route(query, collateral, fmspc), dialect)
+
+
+def _in_dialect(plain: Answer, dialect: Dialect) -> Answer:
+    """Change what a PCCS of today says to what the other services say."""
+    if dialect == "old-pccs" and plain.header is not None:
+        name, value = plain.header
+        renamed = "SGX-TCB-Info-Issuer-Chain" if name == _TCB_CHAIN else name
+        plain = dataclasses.replace(plain, header=(renamed, value))
+    if dialect == "old-pccs" and plain.body.startswith(b"\x30"):
+        return dataclasses.replace(plain, body=plain.body.hex().encode())
+    if dialect == "pcs" and plain.body[:2] == b"30":  # hex digits of DER
+        return dataclasses.replace(plain, body=bytes.fromhex(plain.body.decode()))
+    return plain
 
 
 def _pck_crl(query: dict[str, str], collateral: Collateral, fmspc: str) -> Answer:
@@ -128,7 +172,7 @@ def _tcb_info(query: dict[str, str], collateral: Collateral, fmspc: str) -> Answ
         "tcbInfo",
         collateral.tcb_info,
         collateral.tcb_info_signature,
-        _chain("TCB-Info-Issuer-Chain", collateral.tcb_info_issuer_chain),
+        _chain(_TCB_CHAIN, collateral.tcb_info_issuer_chain),
     )
 
 
@@ -167,23 +211,35 @@ def _text(status: int, text: str) -> Answer:
 
 
 def _handler_class(
-    collateral: Callable[[], Collateral], fmspc: str
+    respond: Callable[[str], Answer], ending: threading.Event
 ) -> type[http.server.BaseHTTPRequestHandler]:
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
         timeout = _TIMEOUT_S
 
         def do_GET(self) -> None:
-            url = urllib.parse.urlsplit(self.path)
-            query = dict(urllib.parse.parse_qsl(url.query))
-            reply = answer(url.path, query, collateral(), fmspc)
+            reply = respond(self.path)
+            if reply.drip_s:
+                self._drip(reply)
+                return
             self.send_response(reply.status)
             self.send_header("Content-Type", reply.content_type)
             self.send_header("Content-Length", str(len(reply.body)))
             if reply.header is not None:
                 self.send_header(*reply.header)
             self.end_headers()
-            self.wfile.write(reply.body)
+            with contextlib.suppress(ConnectionError):  # too much for the other side
+                self.wfile.write(reply.body)
+
+        def _drip(self, reply: Answer) -> None:
+            self.close_connection = True
+            size = len(reply.body)
+            head = f"HTTP/1.1 {reply.status} OK\r\nContent-Length: {size}\r\n\r\n"
+            with contextlib.suppress(ConnectionError):
+                for byte in head.encode() + reply.body:
+                    if ending.wait(reply.drip_s):
+                        return
+                    self.wfile.write(bytes([byte]))
 
         def log_message(self, format: str, *args: object) -> None:  # noqa: A002
             """Say nothing: stdout and stderr belong to the program."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import hmac
 import os
 import threading
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 
 from tdxd.core.eventlog import encode_event_log, extend, replay
 from tdxd.core.quote import TdReport, td_attributes_bytes
+from tdxd.core.td_report import encode_td_report, parse_td_report
 from tdxd.errors import HostError, UsageError
 from tdxd.sim.collateral import Collateral, TcbState, make_collateral
 from tdxd.sim.description import (
@@ -145,6 +148,37 @@ class SimPlatform:
         report = dataclasses.replace(self.report(report_data), **of_report)
         shape = QuoteShape(version=self.description.td.quote_version)
         return build_quote(self.pki, report, dataclasses.replace(shape, **of_shape))
+
+    def td_report(self, report_data: bytes) -> bytes:
+        """Return the TDREPORT over 64 bytes of report data, with this platform's MAC.
+
+        Raises: UsageError for another size.
+        """
+        report = self.report(report_data)
+        bare = encode_td_report(report, mac=bytes(32))
+        return encode_td_report(report, mac=self._report_mac(bare))
+
+    def quote_of(self, td_report: bytes) -> bytes:
+        """Return a quote over a TDREPORT, as the quoting enclave makes it.
+
+        Raises: UsageError for one that this platform did not make.
+        """
+        report = parse_td_report(td_report)
+        bare = encode_td_report(report, mac=bytes(32))
+        made = encode_td_report(report, mac=self._report_mac(bare))
+        if not hmac.compare_digest(made, td_report):
+            raise UsageError("the TD report's MAC is not this platform's")
+        shape = QuoteShape(version=self.description.td.quote_version)
+        return build_quote(self.pki, report, shape)
+
+    def _report_mac(self, bare: bytes) -> bytes:
+        """Return the MAC by a key that stays with the platform, as with its CPU."""
+        secret = self.pki.attestation.private_numbers().private_value.to_bytes(
+            32, "big"
+        )
+        return hmac.digest(
+            hashlib.sha256(b"TD report" + secret).digest(), bare, "sha256"
+        )
 
     def collateral(self, now_s: int, **overrides: Any) -> Collateral:
         """Sign fresh collateral; `overrides` are fields of `TcbState`."""

@@ -105,7 +105,7 @@ def encode_report(report: TdReport, kind: BodyKind) -> bytes:
         body += report.mr_service_td or _ZERO48
     if kind is BodyKind.TD15_EX:
         body += bytes([report.vmid or 0]) + (report.td_id or bytes(32))
-        body += bytes(_TD15_EX_REST_BYTES)
+        body += report.ex_tail or bytes(_TD15_EX_REST_BYTES)
     return body
 
 

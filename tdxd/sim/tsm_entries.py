@@ -14,9 +14,23 @@ from collections.abc import Callable
 
 from tdxd.sim.platform import SimPlatform
 
-__all__ = ["PROVIDER", "Quoter", "ReportEntries", "ReportEntry", "os_error"]
+__all__ = [
+    "OVERSIZE_BYTES",
+    "PROVIDER",
+    "Quoter",
+    "ReportEntries",
+    "ReportEntry",
+    "os_error",
+]
 
 PROVIDER = b"tdx_guest\n"
+OVERSIZE_BYTES = 20000
+"""A quote of this size fits the kernel's buffer, and nobody who reads quotes takes it."""
+_ERRNOS = {
+    "timeout": errno.ETIMEDOUT,
+    "error": errno.EIO,
+    "too-large": errno.EFBIG,
+}
 _INBLOB_BYTES = 64
 _MAX_ENTRIES = 1024
 
@@ -46,7 +60,7 @@ class Quoter:
     def quote(self, inblob: bytes | None) -> bytes:
         """Return a quote over `inblob`; empty if the quoting service fails.
 
-        Raises: OSError: EINVAL, EBUSY while another is in flight, ETIMEDOUT.
+        Raises: OSError: EINVAL, EBUSY while another is in flight, ETIMEDOUT, EIO, EFBIG.
         """
         if inblob is None or len(inblob) != _INBLOB_BYTES:
             raise os_error(errno.EINVAL)
@@ -62,9 +76,12 @@ class Quoter:
     def _answer(self, inblob: bytes) -> bytes:
         over = 0 < self._faults.count < self._asked
         fault = "none" if over else self._faults.quote
-        if fault == "timeout":
-            raise os_error(errno.ETIMEDOUT)
-        return b"" if fault == "empty" else self._platform.quote(inblob)
+        if fault in _ERRNOS:
+            raise os_error(_ERRNOS[fault])
+        if fault == "empty":
+            return b""
+        quote = self._platform.quote(inblob)
+        return quote.ljust(OVERSIZE_BYTES, b"\0") if fault == "oversize" else quote
 
 
 class ReportEntry:

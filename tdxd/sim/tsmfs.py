@@ -151,6 +151,18 @@ class _Operations(mfusepy.Operations):  # type: ignore[misc]
         del path
         return self._handles[fh].write(data, offset)
 
+    def ioctl(
+        self, path: str, cmd: int, arg: Any, fh: int, flags: int, data: int | None
+    ) -> int:
+        del path, arg, flags  # `data` is as long as the command says
+        command = cmd & 0xFFFFFFFF
+        size = command >> 16 & 0x3FFF
+        argument = ctypes.string_at(data, size) if data else b""
+        answer = self._handles[fh].ioctl(command, argument)
+        if data:
+            ctypes.memmove(data, answer, min(size, len(answer)))
+        return 0
+
     def flush(self, path: str, fh: int) -> int:
         del path
         self._handles[fh].flush()

@@ -1,8 +1,13 @@
-"""What every `Tsm` promises: the fake, and the real one on a FUSE mount with the kernel's rules."""
+"""What every `Tsm` promises: the fake, and the real ones on a FUSE mount with the kernel's rules.
+
+The real ones: configfs-tsm; the ioctl of the device with a QGS on a Unix socket; and the choice
+between them.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import threading
 import time
@@ -12,9 +17,12 @@ from pathlib import Path
 import pytest
 
 from tdxd.core.eventlog import parse_event_log, replay
+from tdxd.core.qgs import parse_qgs_address
 from tdxd.core.quote import parse_quote
 from tdxd.errors import EvidenceUnavailableError
+from tdxd.host.evidence import EitherTsm
 from tdxd.host.ports import Tsm
+from tdxd.host.tdx_guest import IoctlTsm
 from tdxd.host.tsm import ConfigfsTsm
 from tdxd.sim.platform import SimPlatform
 from tests.dcap import DATA, NOW, verify
@@ -36,7 +44,30 @@ def make_platform(directory: Path, faults: str, events: bool) -> SimPlatform:
     return SimPlatform.load(directory)
 
 
-@pytest.fixture(params=["fake", pytest.param("fuse", marks=pytest.mark.root)])
+REAL = ("configfs", "ioctl")
+
+
+def real_tsm(kind: str, ready: dict[str, str]) -> Tsm:
+    """Return the real thing on what a simulator offers, with short waits."""
+    mount = Path(ready["mount"])
+    configfs = ConfigfsTsm(f"{mount}/report", f"{mount}/CCEL", pause_s=0.05)
+    ioctl = IoctlTsm(
+        f"{mount}/tdx_guest",
+        parse_qgs_address(ready["qgs"]),
+        f"{mount}/CCEL",
+        pause_s=0.05,
+        timeout_s=1.5,  # emulated machines are slow
+    )
+    if kind == "configfs":
+        return configfs
+    if kind == "ioctl":
+        return ioctl
+    return EitherTsm(configfs, ioctl, device=f"{mount}/tdx_guest")
+
+
+@pytest.fixture(
+    params=["fake", *(pytest.param(kind, marks=pytest.mark.root) for kind in REAL)]
+)
 def make(request, tmp_path: Path) -> Iterator[Make]:
     """Makes one Tsm on a platform at `tmp_path / "p"`."""
     with contextlib.ExitStack() as stack:
@@ -45,16 +76,21 @@ def make(request, tmp_path: Path) -> Iterator[Make]:
             platform = make_platform(tmp_path / "p", faults, events)
             if request.param == "fake":
                 return FakeTsm(platform)
-            mount = tmp_path / "m"
-            stack.enter_context(
-                running_sim(tmp_path / "p", "--mount", mount, "--device-only")
-            )
-            report, log = f"{mount}/report", f"{mount}/CCEL"
-            return ConfigfsTsm(report, log, pause_s=0.05)
+            sim = stack.enter_context(whole_sim(tmp_path))
+            return real_tsm(request.param, sim)
 
         yield one
         stack.close()
         assert str(tmp_path) not in Path("/proc/self/mounts").read_text()
+
+
+@contextlib.contextmanager
+def whole_sim(directory: Path) -> Iterator[dict[str, str]]:
+    """Run the device and the QGS of the platform at `directory / "p"`."""
+    mount, qgs = directory / "m", f"unix:{directory}/q"
+    arguments = ("--mount", mount, "--device-only", "--qgs", qgs)
+    with running_sim(directory / "p", *arguments) as sim:
+        yield {"mount": str(mount), **sim.ready}
 
 
 def test_a_quote_binds_the_report_data_and_verifies(make: Make, tmp_path: Path) -> None:
@@ -90,7 +126,9 @@ def test_report_data_of_another_size_is_refused(make: Make) -> None:
             tsm.quote(bytes(size))
 
 
-@pytest.mark.parametrize("fault", ["empty", "timeout", "no-provider"])
+@pytest.mark.parametrize(
+    "fault", ["empty", "error", "timeout", "oversize", "too-large", "no-provider"]
+)
 def test_a_platform_that_gives_no_quote_is_unavailable(make: Make, fault: str) -> None:
     tsm = make(f'quote = "{fault}"')
     with pytest.raises(EvidenceUnavailableError) as caught:
@@ -103,7 +141,50 @@ def test_a_passing_timeout_is_overcome(make: Make) -> None:
     assert parse_quote(tsm.quote(DATA)).report_data == DATA
 
 
-# --- the real one alone --------------------------------------------------------
+def test_an_extension_shows_in_later_quotes(make: Make, tmp_path: Path) -> None:
+    """Whichever way quotes are made: the measurement files change them."""
+    tsm = make()
+    if isinstance(tsm, FakeTsm):
+        tsm.platform.extend_rtmr(3, b"d" * 48)
+    else:
+        path = tmp_path / "m/measurements/rtmr3:sha384"
+        with path.open("r+b", buffering=0) as file:
+            assert file.write(b"d" * 48) == 48
+    expected = hashlib.sha384(bytes(48) + b"d" * 48).digest()
+    assert parse_quote(tsm.quote(DATA)).rtmrs[3] == expected
+
+
+# --- the choice between the two ------------------------------------------------
+
+
+@pytest.mark.root
+@pytest.mark.parametrize(
+    ("faults", "expected"),
+    [
+        (NO_FAULTS, ConfigfsTsm),
+        ('tsm = "absent"', IoctlTsm),
+        ('quote = "no-provider"', ConfigfsTsm),  # it is the one that explains best
+    ],
+)
+def test_auto_takes_configfs_where_it_has_a_provider(
+    tmp_path: Path, faults: str, expected: type
+) -> None:
+    make_platform(tmp_path / "p", faults, events=True)
+    with whole_sim(tmp_path) as ready:
+        tsm = real_tsm("auto", ready)
+        assert isinstance(tsm, EitherTsm)
+        assert isinstance(tsm.chosen(), expected)
+        if "no-provider" in faults:
+            with pytest.raises(EvidenceUnavailableError, match="mkdir"):
+                tsm.quote(DATA)
+        else:
+            assert parse_quote(tsm.quote(DATA)).report_data == DATA
+            assert parse_event_log(tsm.event_log())
+        if (tmp_path / "m/report").exists():
+            assert os.listdir(tmp_path / "m/report") == []
+
+
+# --- configfs alone ------------------------------------------------------------
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 import trio
 import trio.lowlevel
 
-from tdxd.core.config import Config, KeyReleaseConfig, VolumeConfig
+from tdxd.core.config import Config, KeyReleaseConfig, PlatformConfig, VolumeConfig
 from tdxd.core.plan import VolumeState
 from tdxd.errors import (
     BusyError,
@@ -22,9 +22,21 @@ from tdxd.errors import (
     UnreachableError,
     UsageError,
 )
+from tdxd.guest.attest import Bundles
+from tdxd.guest.config_files import LoadedConfig
 from tdxd.guest.daemon import Daemon
 from tdxd.guest.events import Events
-from tests.fakes import FakeMapper, FakeMounts, FakeSuccessor, fake_host, make_bundle
+from tdxd.guest.leased import Leased
+from tdxd.guest.runtime_record import RuntimeRecord
+from tests.fakes import (
+    FakeBoottime,
+    FakeMapper,
+    FakeMounts,
+    FakeRtmr,
+    FakeSuccessor,
+    fake_host,
+    make_bundle,
+)
 
 KEY = "ed25519:" + "A" * 43 + "="
 
@@ -33,30 +45,37 @@ KEY = "ed25519:" + "A" * 43 + "="
 class Server:
     """Answers for the key server: a bundle of each volume's generation, or an error."""
 
+    boottime_s: Callable[[], float]
     generations: dict[str, int] = dataclasses.field(default_factory=dict)
     errors: dict[str, TdxdError] = dataclasses.field(default_factory=dict)
+    lease_s: int = 0
     asked: list[tuple[str, ...]] = dataclasses.field(default_factory=list)
     bundles: list[object] = dataclasses.field(default_factory=list)
 
-    async def fetch(self, _config: Config, ids: tuple[str, ...]):
+    async def fetch(self, _loaded: LoadedConfig, ids: tuple[str, ...]) -> Bundles:
         self.asked.append(ids)
         await trio.lowlevel.checkpoint()
-        answers = {}
+        answers: dict[str, Leased | TdxdError] = {}
         for name in ids:
             made = make_bundle(name, self.generations.get(name, 1))
             self.bundles.append(made)
-            answers[name] = self.errors.get(name) or made
+            answers[name] = self.errors.get(name) or Leased(
+                bundle=made, lease_s=self.lease_s, sent_s=self.boottime_s()
+            )
         return answers
 
 
 class World:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.server = Server()
         self.host = fake_host()
+        self.server = Server(self.host.boottime_s)
         self.successor = FakeSuccessor()
         self.mapper: FakeMapper = self.host.mapper  # type: ignore[assignment]
         self.mounts: FakeMounts = self.host.mounts  # type: ignore[assignment]
+        self.rtmr: FakeRtmr = self.host.rtmr  # type: ignore[assignment]
+        self.boottime: FakeBoottime = self.host.boottime_s  # type: ignore[assignment]
+        self.platform = PlatformConfig(runtime_log=str(directory / "runtime-log"))
         self.config = self.make_config("model")
 
     def make_config(self, *ids: str) -> Config:
@@ -64,6 +83,7 @@ class World:
             key_release=KeyReleaseConfig(
                 servers=("localhost:1",), ca="/ca", signing_key=KEY, backoff_max_s=0.3
             ),
+            platform=self.platform,
             volume=tuple(
                 VolumeConfig(id=name, image=str(self.directory / f"{name}.img"))
                 for name in ids
@@ -75,18 +95,26 @@ class World:
         path.write_text(f"{name}@{generation}")
         return path
 
+    def load(self) -> LoadedConfig:
+        return LoadedConfig(config=self.config)
+
+    def make_daemon(self, nursery: trio.Nursery) -> Daemon:
+        events = Events()
+        return Daemon(
+            host=self.host,
+            record=RuntimeRecord(self.rtmr, self.config.platform, events=events),
+            loaded=self.load(),
+            load_config=self.load,
+            fetch=self.server.fetch,
+            successor=self.successor,
+            events=events,
+            nursery=nursery,
+        )
+
     @asynccontextmanager
     async def daemon(self) -> AsyncIterator[Daemon]:
         async with trio.open_nursery() as nursery:
-            daemon = Daemon(
-                host=self.host,
-                config=self.config,
-                load_config=lambda: self.config,
-                fetch=self.server.fetch,
-                successor=self.successor,
-                events=Events(),
-                nursery=nursery,
-            )
+            daemon = self.make_daemon(nursery)
             daemon.start()
             with trio.fail_after(20):
                 yield daemon
@@ -267,7 +295,7 @@ async def test_reload_with_a_bad_config_changes_nothing(world: World) -> None:
     async with world.daemon() as daemon:
         await daemon.until(state(daemon, VolumeState.MOUNTED))
 
-        def load() -> Config:
+        def load() -> LoadedConfig:
             raise ConfigError("tdxd.toml: volum: unknown key")
 
         daemon._load_config = load
@@ -313,9 +341,9 @@ class WithoutNetwork(Server):
     begun: trio.Event = dataclasses.field(default_factory=trio.Event)
     ended: trio.Event = dataclasses.field(default_factory=trio.Event)
 
-    async def fetch(self, config: Config, ids: tuple[str, ...]):
+    async def fetch(self, loaded: LoadedConfig, ids: tuple[str, ...]) -> Bundles:
         if self.asked:
-            return await super().fetch(config, ids)
+            return await super().fetch(loaded, ids)
         self.asked.append(ids)
         self.begun.set()
         await self.ended.wait()
@@ -327,7 +355,7 @@ async def test_a_network_that_came_up_during_an_attempt_is_used_at_once(
 ) -> None:
     """The attempt under way began without it: when it fails, there is no wait."""
     world.image()
-    world.server = server = WithoutNetwork()
+    world.server = server = WithoutNetwork(world.boottime)
     async with world.daemon() as daemon:
         await server.begun.wait()
         daemon.network_came_up()
@@ -363,7 +391,7 @@ async def test_a_volume_unwanted_while_attesting_is_given_up(world: World) -> No
     world.image()
     block = trio.Event()
 
-    async def fetch(_config: Config, _ids: tuple[str, ...]):
+    async def fetch(_loaded: LoadedConfig, _ids: tuple[str, ...]) -> Bundles:
         await block.wait()
         return {}
 

@@ -16,6 +16,7 @@ from tdxd.core.plan import Failure, ServingState, VolumeState
 from tdxd.errors import DataError, DeniedError, Retry, TdxdError
 from tdxd.guest import handover
 from tdxd.guest.handover import decode_state, descriptors, encode_state
+from tdxd.guest.leased import Lease
 from tdxd.host.content import Model
 from tdxd.host.ports import HandedChild, MappedVolume
 
@@ -77,6 +78,8 @@ VOLUME = st.builds(
         mapper=st.sampled_from(["dm", "memory"]),
         fd=FD,
     ),
+    lease=st.none()
+    | st.builds(Lease, granted_s=st.integers(60, 10**6), until_s=AGE, renew_s=AGE),
     failure=st.none()
     | st.builds(
         handover.HandedFailure,
@@ -219,12 +222,12 @@ def test_a_truncated_state_is_refused(state: handover.State) -> None:
             decode_state(data[:size])
 
 
-@pytest.mark.parametrize("found", [0, 2, "1", None, []])
+@pytest.mark.parametrize("found", [0, 1, 3, "2", None, []])
 def test_another_format_is_named_before_anything_else(found: object) -> None:
     with pytest.raises(DataError) as caught:
         decode_state(msgpack.packb({"format": found, "unheard": "of"}))
     assert caught.value.message == (
-        f"handed over state: format {found!r}, this program knows 1"
+        f"handed over state: format {found!r}, this program knows 2"
     )
 
 

@@ -14,12 +14,12 @@ import trio
 import trio.lowlevel
 
 from tdxd.core.bundle import KeyBundle
-from tdxd.core.config import Config
 from tdxd.core.decode import plain
 from tdxd.core.plan import VolumeState
 from tdxd.errors import ConfigError, DeniedError, HostError, ReexecError
+from tdxd.guest.attest import Bundles
+from tdxd.guest.config_files import LoadedConfig
 from tdxd.guest.daemon import Daemon
-from tdxd.guest.events import Events
 from tdxd.guest.handover import HandedDaemon, ServedVolume
 from tdxd.guest.server import ModelServer
 from tdxd.host.ports import MappedVolume
@@ -58,15 +58,7 @@ async def run_next(
 ) -> None:
     """Run the next program's daemon on what was handed over, until `use` is done."""
     async with trio.open_nursery() as nursery:
-        daemon = Daemon(
-            host=world.host,
-            config=world.config,
-            load_config=lambda: world.config,
-            fetch=world.server.fetch,
-            successor=world.successor,
-            events=Events(),
-            nursery=nursery,
-        )
+        daemon = world.make_daemon(nursery)
         daemon.start(handed)
         with trio.fail_after(20):
             await use(daemon)  # type: ignore[misc]
@@ -77,15 +69,7 @@ async def run_next(
 async def first(world: World, ready: Callable[[Daemon], object]) -> HandedDaemon:
     """Run a daemon until `ready`, hand over, and end it as an exec would: without closing."""
     async with trio.open_nursery() as nursery:
-        daemon = Daemon(
-            host=world.host,
-            config=world.config,
-            load_config=lambda: world.config,
-            fetch=world.server.fetch,
-            successor=world.successor,
-            events=Events(),
-            nursery=nursery,
-        )
+        daemon = world.make_daemon(nursery)
         daemon.start()
         with trio.fail_after(20):
             await ready(daemon)  # type: ignore[misc]
@@ -262,12 +246,12 @@ async def test_an_exchange_is_given_up_and_made_again(world: World) -> None:
     calls = 0
     real = world.server.fetch
 
-    async def fetch(config: Config, ids: tuple[str, ...]):
+    async def fetch(loaded: LoadedConfig, ids: tuple[str, ...]) -> Bundles:
         nonlocal calls
         calls += 1
         if calls == 1:
             await trio.sleep_forever()
-        return await real(config, ids)
+        return await real(loaded, ids)
 
     world.server.fetch = fetch  # type: ignore[method-assign, assignment]
     async with world.daemon() as daemon:
@@ -322,8 +306,8 @@ async def test_a_key_that_came_before_the_standstill_is_wiped(world: World) -> N
     world.image()
     real, daemons = world.server.fetch, list[Daemon]()
 
-    async def fetch(config: Config, ids: tuple[str, ...]):
-        answers = await real(config, ids)
+    async def fetch(loaded: LoadedConfig, ids: tuple[str, ...]) -> Bundles:
+        answers = await real(loaded, ids)
         if len(world.server.asked) == 1:
             daemons[0].standstill.freeze()
         return answers

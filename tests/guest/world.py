@@ -48,6 +48,7 @@ class GuestWorld(World):
             "platform": {
                 "tsm": "/run/tdx-sim/report",
                 "event_log": "/run/tdx-sim/CCEL",
+                "rtmr": "/run/tdx-sim/measurements",
             },
             "volume": [{"id": "m", "image": "/srv/models/m*.img"}],
             "serving": {"listen": "[::]:8500", "user": "tdxd-serve"},

@@ -11,6 +11,7 @@ import threading
 import pytest
 
 from tdxd.core.quote import parse_quote
+from tdxd.core.td_report import TDX_CMD_GET_REPORT0, parse_td_report
 from tdxd.sim.description import Faults
 from tdxd.sim.platform import SimPlatform
 from tdxd.sim.tsm_entries import Quoter
@@ -165,6 +166,14 @@ def test_a_failed_quoting_service_gives_an_empty_blob() -> None:
     assert read(tree, "/report/a/outblob") == b""
 
 
+def test_a_failed_quoting_service_is_an_error_to_a_newer_kernel() -> None:
+    tree = tree_with(Faults(quote="error"))
+    tree.reports.make("a")
+    write(tree, DATA)
+    with fails_with(errno.EIO):
+        read(tree, "/report/a/outblob")
+
+
 def test_a_silent_quoting_service_times_out_as_often_as_said() -> None:
     tree = tree_with(Faults(quote="timeout", count=2))
     tree.reports.make("a")
@@ -222,13 +231,153 @@ def test_firmware_registers_cannot_be_written(tree: TsmTree) -> None:
             opened(tree, f"/measurements/{name}", os.O_WRONLY)
 
 
-def test_an_extension_is_48_bytes_at_offset_0(tree: TsmTree) -> None:
+@pytest.mark.parametrize(
+    ("size", "offset", "number"),
+    [
+        (47, 0, errno.EINVAL),
+        (1, 0, errno.EINVAL),
+        (47, 1, errno.EINVAL),
+        (48, 47, errno.EINVAL),
+        (48, 48, errno.EFBIG),
+        (1, 1000, errno.EFBIG),
+    ],
+)
+def test_an_extension_is_48_bytes_at_offset_0(
+    tree: TsmTree, size: int, offset: int, number: int
+) -> None:
     path = "/measurements/rtmr3:sha384"
     before = read(tree, path)
-    for data, offset in ((b"d" * 47, 0), (b"d" * 49, 0), (b"d" * 48, 48)):
-        with fails_with(errno.EINVAL):
-            opened(tree, path, os.O_WRONLY).write(data, offset)
+    with fails_with(number):
+        opened(tree, path, os.O_WRONLY).write(b"d" * size, offset)
     assert read(tree, path) == before
+
+
+def test_sysfs_cuts_a_longer_extension_at_48_bytes(tree: TsmTree) -> None:
+    """As sysfs_kf_bin_write does: whoever writes more extends by the first 48 bytes."""
+    path = "/measurements/rtmr3:sha384"
+    before = read(tree, path)
+    assert opened(tree, path, os.O_WRONLY).write(b"d" * 64, 0) == 48
+    assert read(tree, path) == hashlib.sha384(before + b"d" * 48).digest()
+
+
+def test_an_empty_write_extends_nothing(tree: TsmTree) -> None:
+    path = "/measurements/rtmr3:sha384"
+    before = read(tree, path)
+    assert opened(tree, path, os.O_WRONLY).write(b"", 0) == 0
+    assert read(tree, path) == before
+
+
+def test_an_open_measurement_shows_the_present(tree: TsmTree) -> None:
+    path = "/measurements/rtmr3:sha384"
+    kept = opened(tree, path)
+    before = kept.read(48, 0)
+    opened(tree, path, os.O_WRONLY).write(b"d" * 48, 0)
+    assert kept.read(48, 0) == hashlib.sha384(before + b"d" * 48).digest()
+
+
+def test_an_extension_changes_later_quotes(tree: TsmTree) -> None:
+    write(tree, DATA)
+    first = parse_quote(read(tree, "/report/a/outblob"))
+    opened(tree, "/measurements/rtmr3:sha384", os.O_WRONLY).write(b"d" * 48, 0)
+    write(tree, DATA)
+    second = parse_quote(read(tree, "/report/a/outblob"))
+    assert second.rtmrs[:3] == first.rtmrs[:3]
+    expected = hashlib.sha384(first.rtmrs[3] + b"d" * 48).digest()
+    assert second.rtmrs[3] == expected
+
+
+def test_the_files_have_the_kernels_names_sizes_and_modes(tree: TsmTree) -> None:
+    names = tree.directory("/measurements")
+    assert names is not None
+    modes = {}
+    for name in names:
+        file = tree.file(f"/measurements/{name}")
+        assert file is not None
+        assert file.size_bytes == 48
+        modes[name] = file.mode
+    assert modes == {
+        "mrconfigid": 0o444,
+        "mrowner": 0o444,
+        "mrownerconfig": 0o444,
+        "mrtd:sha384": 0o444,
+        "rtmr0:sha384": 0o444,
+        "rtmr1:sha384": 0o444,
+        "rtmr2:sha384": 0o644,
+        "rtmr3:sha384": 0o644,
+    }
+
+
+def test_a_kernel_before_6_16_has_no_measurements() -> None:
+    tree = tree_with(Faults(rtmr="absent"))
+    assert tree.directory("/measurements") is None
+    assert tree.file("/measurements/rtmr3:sha384") is None
+    assert "measurements" not in (tree.directory("/") or [])
+
+
+def test_a_refused_extension_changes_nothing() -> None:
+    tree = tree_with(Faults(rtmr="fails"))
+    path = "/measurements/rtmr3:sha384"
+    before = read(tree, path)
+    with fails_with(errno.EIO):
+        opened(tree, path, os.O_WRONLY).write(b"d" * 48, 0)
+    assert read(tree, path) == before
+
+
+# --- the device of a TDX guest --------------------------------------------------
+
+
+def get_report(tree: TsmTree, command: int = TDX_CMD_GET_REPORT0) -> bytes:
+    handle = opened(tree, "/tdx_guest", os.O_RDWR)
+    return handle.ioctl(command, DATA + bytes(1024))
+
+
+def test_the_device_makes_a_report_over_what_it_is_given(tree: TsmTree) -> None:
+    answer = get_report(tree)
+    assert answer[:64] == DATA
+    report = parse_td_report(answer[64:])
+    assert report.report_data == DATA
+    write(tree, DATA)
+    quote = parse_quote(read(tree, "/report/a/outblob"))
+    assert report.rtmrs == quote.rtmrs
+    assert report.mr_td == quote.mr_td
+
+
+def test_a_report_shows_an_extension(tree: TsmTree) -> None:
+    opened(tree, "/measurements/rtmr2:sha384", os.O_WRONLY).write(b"d" * 48, 0)
+    register = read(tree, "/measurements/rtmr2:sha384")
+    assert parse_td_report(get_report(tree)[64:]).rtmrs[2] == register
+
+
+@pytest.mark.parametrize("command", [0, TDX_CMD_GET_REPORT0 + 1, 0xC0045401])
+def test_the_device_knows_one_command(tree: TsmTree, command: int) -> None:
+    with fails_with(errno.ENOTTY):
+        get_report(tree, command)
+
+
+def test_other_files_know_no_command(tree: TsmTree) -> None:
+    with fails_with(errno.ENOTTY):
+        opened(tree, "/CCEL").ioctl(TDX_CMD_GET_REPORT0, bytes(1088))
+
+
+def test_the_device_is_neither_read_nor_written(tree: TsmTree) -> None:
+    handle = opened(tree, "/tdx_guest", os.O_RDWR)
+    with fails_with(errno.EINVAL):
+        handle.read(1, 0)
+    with fails_with(errno.EINVAL):
+        handle.write(b"x", 0)
+    handle.flush()
+
+
+def test_a_kernel_before_6_7_has_the_device_alone() -> None:
+    tree = tree_with(Faults(tsm="absent"))
+    assert tree.directory("/") == ["measurements", "tdx_guest", "CCEL"]
+    assert tree.directory("/report") is None
+    with fails_with(errno.EPERM):
+        tree.entry_name("/report/a")
+
+
+def test_a_machine_without_tdx_has_no_device() -> None:
+    assert tree_with(Faults(quote="no-provider")).file("/tdx_guest") is None
 
 
 def test_unknown_paths_do_not_exist(tree: TsmTree) -> None:
@@ -238,7 +387,7 @@ def test_unknown_paths_do_not_exist(tree: TsmTree) -> None:
 
 
 def test_the_event_log_is_a_file_at_the_top(tree: TsmTree) -> None:
-    assert tree.directory("/") == ["report", "measurements", "CCEL"]
+    assert tree.directory("/") == ["report", "measurements", "tdx_guest", "CCEL"]
     file = tree.file("/CCEL")
     assert file is not None
     assert file.size_bytes == len(read(tree, "/CCEL"))

@@ -249,7 +249,7 @@ def test_what_would_not_start_is_refused(world: World, launcher: Launcher) -> No
         assert "No module named 'no_such_module'" in refused(daemon, 75)
         knows_less = "import tdxd.guest.handover as h; h.FORMAT = 0"
         launcher.write(check=knows_less)
-        assert "it knows state of format 0, not 1" in refused(daemon, 75)
+        assert "it knows state of format 0, not 2" in refused(daemon, 75)
         launcher.path.unlink()
         assert "No such file or directory" in refused(daemon, 71)
         launcher.write(check="os.chmod(sys.argv[0], 0o644)")

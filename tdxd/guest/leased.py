@@ -1,0 +1,39 @@
+"""A bundle as the key server releases it, and the lease that comes with it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from tdxd.core.bundle import KeyBundle
+from tdxd.host import clock
+
+__all__ = ["Lease", "Leased"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Lease:
+    """Until when a volume may be open, and when to ask again: seconds of CLOCK_BOOTTIME."""
+
+    granted_s: int
+    until_s: float
+    renew_s: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Leased:
+    """A released bundle. `sent_s` is when the request was sent (CLOCK_BOOTTIME)."""
+
+    bundle: KeyBundle
+    lease_s: int = 0
+    sent_s: float = 0.0
+
+    def lease(self) -> Lease | None:
+        """Return its lease, to be renewed at 0.4 to 0.6 of it; `None` if it is for good."""
+        if not self.lease_s:
+            return None
+        share = 0.4 + 0.2 * clock.jitter()
+        return Lease(
+            granted_s=self.lease_s,
+            until_s=self.sent_s + self.lease_s,
+            renew_s=self.sent_s + self.lease_s * share,
+        )
