@@ -11,6 +11,7 @@ import dataclasses
 import functools
 
 from tdxd.core.check import Check
+from tdxd.core.event_rules import nearest_set
 from tdxd.core.policy import ANY, ReleaseRules, RtmrSet, TdxRules
 from tdxd.core.quote import TdReport, td_attribute_names, td_attributes_bytes
 from tdxd.core.showing import when
@@ -195,12 +196,7 @@ def _tee_tcb_svn(floor: str | None, actual: bytes) -> Check:
 def _rtmrs(sets: tuple[RtmrSet, ...], actual: tuple[bytes, ...]) -> tuple[Check, ...]:
     """Compare with the set that agrees in most registers; only a whole set passes."""
     found = tuple(value.hex() for value in actual)
-
-    def agreement(item: RtmrSet) -> int:
-        pairs = zip(item.values, found, strict=True)
-        return sum(want.lower() == have for want, have in pairs)
-
-    nearest = max(sets, key=agreement)
+    nearest = nearest_set(sets, actual)
     return tuple(
         Check(
             name=f"rtmr{index}",

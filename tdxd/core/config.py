@@ -143,7 +143,7 @@ class PlatformConfig:
     event_log: str = "/sys/firmware/acpi/tables/data/CCEL"
     rtmr: str = "/sys/devices/virtual/misc/tdx_guest/measurements"
     extend: Literal["required", "if-possible", "never"] = "required"
-    """Whether RTMR3 is extended with each volume before it is served; `required`: else it is not."""
+    """Whether RTMR3 is extended with each volume before it is served; `required`: or not served."""
     runtime_log: str = "/run/tdxd-record/runtime-log"
     """What RTMR3 was extended with in this boot: a file that must live as long as the boot."""
 

@@ -11,14 +11,13 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from tdxd.core.check import Check
 from tdxd.core.event_match import EventLogRules, EventMatch, OnlyEvents, judge_events
 from tdxd.core.event_meaning import describe
 from tdxd.core.eventlog import (
     EV_NO_ACTION,
-    RTMR_COUNT,
     Event,
     parse_event_log,
     replay,
@@ -45,6 +44,7 @@ __all__ = [
     "RuntimeEventRule",
     "RuntimeRules",
     "appraise_logs",
+    "nearest_set",
     "reference_log",
 ]
 
@@ -59,6 +59,9 @@ class RegisterSet(Protocol):
     @property
     def values(self) -> tuple[str, str, str, str]:
         """RTMR0 to RTMR3."""
+
+
+_Set = TypeVar("_Set", bound=RegisterSet)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +123,17 @@ def appraise_logs(
         actual = (*report.rtmrs[:3], initial)
         checks += _departure(references, sets, actual, events, doubt=not replayed.ok)
     return LogAppraisal(checks=tuple(checks), initial_rtmr3=initial)
+
+
+def nearest_set(sets: Sequence[_Set], registers: Sequence[bytes]) -> _Set:
+    """Return the set that agrees in most of RTMR0 to RTMR3; of several, the first."""
+    found = [value.hex() for value in registers]
+
+    def agreement(item: _Set) -> int:
+        pairs = zip(item.values, found, strict=True)
+        return sum(want.lower() == have for want, have in pairs)
+
+    return max(sets, key=agreement)
 
 
 @functools.lru_cache(maxsize=4)
@@ -215,14 +229,11 @@ def _departure(
     doubt: bool,
 ) -> list[Check]:
     """Compare the log with the reference of the nearest set, if anything differs."""
-    values = [value.hex() for value in actual]
-
-    def agreement(item: RegisterSet) -> int:
-        pairs = zip(item.values, values, strict=True)
-        return sum(want.lower() == have for want, have in pairs)
-
-    nearest = max(sets, key=agreement, default=None)
-    if nearest is None or (agreement(nearest) == RTMR_COUNT and not doubt):
+    if not sets:
+        return []
+    nearest = nearest_set(sets, actual)
+    whole = tuple(bytes.fromhex(value) for value in nearest.values) == tuple(actual)
+    if whole and not doubt:
         return []
     for reference in references:
         if reference.name == nearest.name:

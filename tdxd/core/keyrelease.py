@@ -27,6 +27,7 @@ from tdxd.errors import DataError, ProtocolError, RemoteProtocolError, TdxdError
 __all__ = [
     "ANSWER_MAX_BYTES",
     "CHALLENGE_PATH",
+    "CLOCK_KEY",
     "LEASE_MAX_S",
     "NONCE_BYTES",
     "PASSING_REASONS",
@@ -61,6 +62,8 @@ __all__ = [
 
 CHALLENGE_PATH = "/tdxd.keyrelease.v1.KeyRelease/Challenge"
 RELEASE_PATH = "/tdxd.keyrelease.v1.KeyRelease/Release"
+CLOCK_KEY = "tdxd-time"
+"""Trailing metadata of a challenge: the server's clock, unix seconds, for `doctor` alone."""
 
 QUOTE_MAX_BYTES = 16 * 1024
 """libtdx_attest caps its answers at 16 KiB; real quotes have about 5 KiB."""

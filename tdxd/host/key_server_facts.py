@@ -11,14 +11,12 @@ import time
 from typing import Any, Literal
 
 from tdxd.core.config import Address
-from tdxd.core.keyrelease import CHALLENGE_PATH
+from tdxd.core.keyrelease import CHALLENGE_PATH, CLOCK_KEY
 from tdxd.host.facts import Problem
 from tdxd.host.rpc import tls_channel
 
-__all__ = ["CLOCK_KEY", "KeyServerFacts", "ahead", "ask_key_server"]
+__all__ = ["KeyServerFacts", "ahead", "ask_key_server"]
 
-CLOCK_KEY = "tdxd-time"
-"""Metadata with which a key server tells its clock, in seconds since 1970."""
 _STEP_S = 5.0
 _TIME_ERRORS = (9, 10)
 """X509_V_ERR_CERT_NOT_YET_VALID and X509_V_ERR_CERT_HAS_EXPIRED."""

@@ -131,6 +131,8 @@ class RpcServer:
         ]
 
     async def _challenge(self, _messages: object, context: Any) -> bytes:
+        # For `doctor`, which compares the clocks; nothing rests on it.
+        context.set_trailing_metadata(((protocol.CLOCK_KEY, str(int(time.time()))),))
         return await self._call(Kind.CHALLENGE, self._service.challenge, context)
 
     async def _release(self, _messages: object, context: Any) -> bytes:

@@ -11,7 +11,17 @@ import dataclasses
 import struct
 from collections.abc import Callable
 
-from tdxd.core import eventlog, keyrelease, quote, wire
+from tdxd.core import (
+    ccel,
+    event_meaning,
+    eventlog,
+    keyrelease,
+    qgs,
+    quote,
+    runtime_log,
+    td_report,
+    wire,
+)
 from tdxd.core.bundle import Manifest
 from tdxd.core.config import parse_config
 from tdxd.core.luks2 import read_header
@@ -19,10 +29,12 @@ from tdxd.core.policy import parse_policy
 from tdxd.errors import (
     ConfigError,
     DataError,
+    EvidenceError,
     EvidenceMalformedError,
     RemoteProtocolError,
 )
 from tdxd.guest.answer import parse_answer, parse_challenge
+from tdxd.owner.collateral_bundle import encode_bundle, parse_bundle
 
 __all__ = ["TARGETS", "Target"]
 
@@ -42,7 +54,37 @@ def _quote(data: bytes) -> None:
 
 def _event_log(data: bytes) -> None:
     with contextlib.suppress(EvidenceMalformedError):
-        eventlog.replay(eventlog.parse_event_log(data))
+        events = eventlog.parse_event_log(data)
+        eventlog.replay(events)
+        for event in events:
+            assert event_meaning.describe(event).isprintable()
+
+
+def _runtime_log(data: bytes) -> None:
+    with contextlib.suppress(EvidenceMalformedError):
+        events = runtime_log.parse_runtime_log(data)
+        assert runtime_log.encode_runtime_log(events) == data
+        for event in events:
+            runtime_log.read_volume_event(event)
+
+
+def _qgs_frames(data: bytes) -> None:
+    with contextlib.suppress(EvidenceError):
+        qgs.parse_quote_response(data)
+    with contextlib.suppress(EvidenceError):
+        qgs.parse_quote_request(data)
+
+
+def _td_report(data: bytes) -> None:
+    with contextlib.suppress(EvidenceMalformedError):
+        td_report.parse_td_report(data)
+    with contextlib.suppress(EvidenceMalformedError):
+        ccel.parse_ccel_table(data)
+
+
+def _collateral_bundle(data: bytes) -> None:
+    with contextlib.suppress(DataError):
+        parse_bundle(data, source="fuzz")
 
 
 def _control_frame(data: bytes) -> None:
@@ -140,6 +182,23 @@ TARGETS = {
         ),
     ),
     "event_log": Target(run=_event_log, seeds=(eventlog.encode_event_log(_EVENTS),)),
+    "runtime_log": Target(
+        run=_runtime_log,
+        seeds=(runtime_log.encode_runtime_log([runtime_log.volume_event(_MANIFEST)]),),
+    ),
+    "qgs": Target(
+        run=_qgs_frames,
+        seeds=(
+            qgs.quote_request(bytes(td_report.TD_REPORT_BYTES)),
+            qgs.quote_response(bytes(600)),
+            qgs.quote_response(b"", error=0x12001),
+        ),
+    ),
+    "td_report": Target(
+        run=_td_report,
+        seeds=(b"\x81" + bytes(td_report.TD_REPORT_BYTES - 1), b"CCEL\x38" + bytes(51)),
+    ),
+    "collateral_bundle": Target(run=_collateral_bundle, seeds=(encode_bundle(()),)),
     "control_frame": Target(
         run=_control_frame, seeds=(wire.encode_frame(wire.request("status", {"a": 1})),)
     ),

@@ -238,7 +238,7 @@ def test_quote_of_another_td_is_denied_and_explained(
         finally:
             world.sim_ready = before
         store = world.directory / "keys"
-        records = json.loads(ok("tdx-keyd", "audit", store, "--denied", "--json"))
+        records = json.loads(ok("tdx-keyd", "audit", "show", store, "--denied", "--json"))
         newest = max(records, key=lambda record: record["seq"])
         explained = ok("tdx-keyd", "explain", store, newest["denial_id"])
         assert check in explained
@@ -259,7 +259,8 @@ def test_quote_under_another_root_is_denied(world: World) -> None:
 
 
 def test_platform_without_quotes(world: World) -> None:
-    platform = {"tsm": str(world.directory / "nowhere")}
+    nowhere = world.directory / "nowhere"
+    platform = {"tsm": str(nowhere), "tdx_guest": str(nowhere)}
     with world.key_server():
         fails(
             world, "backoff", "evidence-unavailable", 75, "nowhere", platform=platform

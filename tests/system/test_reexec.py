@@ -400,13 +400,13 @@ def test_state_that_cannot_be_adopted(world: World, launcher: Launcher) -> None:
         before = parts(daemon)
         launcher.write(
             start="old = os.pread(STATE, 1 << 24, 0)\n"
-            "new = old.replace(b'\\xa6format\\x01', b'\\xa6format\\x02')\n"
+            "new = old.replace(b'\\xa6format\\x02', b'\\xa6format\\x03')\n"
             "assert new != old and os.pwrite(STATE, new, 0) == len(new)"
         )
         done = daemon.ctl("reexec")
         assert done.returncode == 69
         assert "was started afresh, as pid" in done.stderr
-        assert "format 2, this program knows 1" in daemon.log.read_text()
+        assert "format 3, this program knows 2" in daemon.log.read_text()
         for pid in before["children"]:
             assert not Path(f"/proc/{pid}").exists()
         assert daemon.status()["reexecs"] == 0
