@@ -7,13 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from tdxd.errors import UnavailableError
-from tdxd.owner.appraise import TrustedRoot, appraise, load_root, read_quote
-from tdxd.owner.collateral import CollateralCache, Prepared, SetRules, Trust, examine
-from tdxd.owner.collateral_bundle import CollateralSet
-from tdxd.owner.collateral_files import CollateralFiles
-from tdxd.owner.collateral_floors import Floors
-from tdxd.owner.collateral_roots import trust_of
-from tdxd.owner.collateral_set import prepare
+from tdxd.owner.appraisal.appraise import TrustedRoot, appraise, load_root, read_quote
+from tdxd.owner.collateral.bundle import CollateralSet
+from tdxd.owner.collateral.cache import (
+    CollateralCache,
+    Prepared,
+    SetRules,
+    Trust,
+    examine,
+)
+from tdxd.owner.collateral.files import CollateralFiles
+from tdxd.owner.collateral.floors import Floors
+from tdxd.owner.collateral.prepared import prepare
+from tdxd.owner.collateral.roots import trust_of
 from tdxd.sim.platform import SimPlatform
 
 __all__ = [

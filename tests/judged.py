@@ -15,11 +15,17 @@ from typing import Any
 from tdxd.core import keyrelease as protocol
 from tdxd.core.check import Check
 from tdxd.core.policy import Policy, parse_policy
-from tdxd.owner.appraise import load_root
-from tdxd.owner.collateral import CollateralCache, SetRules, Trust
-from tdxd.owner.collateral_files import CollateralFiles
-from tdxd.owner.enroll import Reference, enroll
-from tdxd.owner.judge import Finding, Judge, Judgement, judge_volume, reason_of
+from tdxd.owner.appraisal.appraise import load_root
+from tdxd.owner.appraisal.enroll import Reference, enroll
+from tdxd.owner.appraisal.judge import (
+    Finding,
+    Judge,
+    Judgement,
+    judge_volume,
+    reason_of,
+)
+from tdxd.owner.collateral.cache import CollateralCache, SetRules, Trust
+from tdxd.owner.collateral.files import CollateralFiles
 from tdxd.sim.collateral import Collateral
 from tdxd.sim.platform import SimPlatform
 

@@ -24,13 +24,19 @@ from tdxd.guest.runtime_record import RuntimeRecord
 from tdxd.host.ports import Host, Tsm
 from tdxd.host.rpc import GrpcKeyServer
 from tdxd.owner import authority
-from tdxd.owner.admin import add_bundle
-from tdxd.owner.keyd_assembly import make_keyd
-from tdxd.owner.keyd_config import read_config
-from tdxd.owner.keyd_init import GuestPin, InitOptions, ServerTls, init_store, read_tls
-from tdxd.owner.limits import LimitsConfig
-from tdxd.owner.rpc_server import RpcServer, Service
-from tdxd.owner.store import AuditRecord, Store
+from tdxd.owner.server.assembly import make_keyd
+from tdxd.owner.server.config import read_config
+from tdxd.owner.server.init import (
+    GuestPin,
+    InitOptions,
+    ServerTls,
+    init_store,
+    read_tls,
+)
+from tdxd.owner.server.limits import LimitsConfig
+from tdxd.owner.server.rpc_server import RpcServer, Service
+from tdxd.owner.store.admin import add_bundle
+from tdxd.owner.store.store import AuditRecord, Store
 from tdxd.sim.collateral import Collateral
 from tdxd.sim.pccs import PccsServer
 from tdxd.sim.platform import SimPlatform

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from tdxd.cli.keyd_verbs import add_verb, now_s, print_json
 
 if TYPE_CHECKING:
-    from tdxd.owner.appraise import TrustedRoot
-    from tdxd.owner.store import AuditRecord
+    from tdxd.owner.appraisal.appraise import TrustedRoot
+    from tdxd.owner.store.store import AuditRecord
 
 __all__ = ["add_appraisal_verbs"]
 
@@ -57,7 +57,7 @@ def add_appraisal_verbs(verbs: Any) -> None:
 def _explain(options: argparse.Namespace) -> int:
     from tdxd.cli import keyd_explain, keyd_tables
     from tdxd.errors import DataError
-    from tdxd.owner.store import Store
+    from tdxd.owner.store.store import Store
 
     with Store.open(options.store) as store:
         record = store.denial(options.denial)
@@ -96,8 +96,8 @@ def _appraise(options: argparse.Namespace) -> int:
     from tdxd.cli import keyd_explain
     from tdxd.core.policy import parse_policy
     from tdxd.errors import EX_NOPERM
+    from tdxd.owner.appraisal.offline import OfflineEvidence, judge_offline
     from tdxd.owner.files import read_bytes, read_text
-    from tdxd.owner.offline import OfflineEvidence, judge_offline
 
     policy = parse_policy(read_text(options.policy), source=str(options.policy))
     evidence = OfflineEvidence(
@@ -125,7 +125,7 @@ def _appraise(options: argparse.Namespace) -> int:
 
 
 def _root(path: Path | None) -> TrustedRoot:
-    from tdxd.owner.appraise import intel_root, load_root
+    from tdxd.owner.appraisal.appraise import intel_root, load_root
     from tdxd.owner.files import read_bytes
 
     if path is None:

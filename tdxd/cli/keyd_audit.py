@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tdxd.cli.keyd_verbs import add_kek, add_verb, now_s, print_json
 
 if TYPE_CHECKING:
-    from tdxd.owner.audit_verify import Verified
+    from tdxd.owner.audit.verify import Verified
 
 __all__ = ["add_audit_verbs", "add_backup_verbs"]
 
@@ -80,7 +80,7 @@ def add_backup_verbs(verbs: Any) -> None:
 
 def _show(options: argparse.Namespace) -> int:
     from tdxd.cli import keyd_tables
-    from tdxd.owner.store import Store
+    from tdxd.owner.store.store import Store
 
     with Store.open(options.store) as store:
         records = store.audit(denied_only=options.denied, limit=options.limit)
@@ -95,10 +95,10 @@ def _show(options: argparse.Namespace) -> int:
 def _verify(options: argparse.Namespace) -> int:
     from tdxd.core.config import parse_signing_key
     from tdxd.errors import DataError, UsageError
-    from tdxd.owner.audit_guard import load_checkpoint, public_keys
-    from tdxd.owner.audit_verify import verify
-    from tdxd.owner.keyd_config import read_config
-    from tdxd.owner.store import Store
+    from tdxd.owner.audit.guard import load_checkpoint, public_keys
+    from tdxd.owner.audit.verify import verify
+    from tdxd.owner.server.config import read_config
+    from tdxd.owner.store.store import Store
 
     config = read_config(options.store)
     path = options.checkpoint
@@ -163,7 +163,7 @@ def _print_verified(
 
 
 def _export(options: argparse.Namespace) -> int:
-    from tdxd.owner.store import Store
+    from tdxd.owner.store.store import Store
 
     with Store.open(options.store) as store:
         for line in store.audit_lines(options.after):
@@ -172,9 +172,9 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _checkpoint(options: argparse.Namespace) -> int:
-    from tdxd.owner.audit_guard import make_exports
-    from tdxd.owner.keyd_config import read_config
-    from tdxd.owner.store import Store
+    from tdxd.owner.audit.guard import make_exports
+    from tdxd.owner.server.config import read_config
+    from tdxd.owner.store.store import Store
 
     with Store.open(options.store, options.kek) as store:
         exports = make_exports(options.store, read_config(options.store), store)
@@ -189,13 +189,13 @@ def _checkpoint(options: argparse.Namespace) -> int:
 
 
 def _accept(options: argparse.Namespace) -> int:
-    from tdxd.owner.audit_guard import (
+    from tdxd.owner.audit.guard import (
         export_after_change,
         load_checkpoint,
         public_keys,
     )
-    from tdxd.owner.rollback import accept_rollback
-    from tdxd.owner.store import Store
+    from tdxd.owner.audit.rollback import accept_rollback
+    from tdxd.owner.store.store import Store
 
     checkpoint = load_checkpoint(options.file, public_keys(options.store))
     with Store.open(options.store, options.kek) as store:
@@ -220,7 +220,7 @@ def _accept(options: argparse.Namespace) -> int:
 
 
 def _backup(options: argparse.Namespace) -> int:
-    from tdxd.owner.backup import make_backup
+    from tdxd.owner.store.backup import make_backup
 
     made = make_backup(
         options.store,
@@ -239,7 +239,7 @@ def _backup(options: argparse.Namespace) -> int:
 
 
 def _restore(options: argparse.Namespace) -> int:
-    from tdxd.owner.backup import restore_backup
+    from tdxd.owner.store.backup import restore_backup
 
     made = restore_backup(options.file, options.store, kek_file=options.kek)
     if options.json:

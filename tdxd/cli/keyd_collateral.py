@@ -50,7 +50,7 @@ def add_collateral_verbs(verbs: Any) -> None:
 
 
 def _status(options: argparse.Namespace) -> int:
-    from tdxd.owner.collateral_admin import collateral_status
+    from tdxd.owner.collateral.admin import collateral_status
 
     rows = collateral_status(options.store, now_s())
     if options.json:
@@ -63,8 +63,8 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def _fetch(options: argparse.Namespace) -> int:
-    from tdxd.owner.appraise import INTEL_ROOT_KEY_SHA384, load_root
-    from tdxd.owner.collateral_admin import fetch_set
+    from tdxd.owner.appraisal.appraise import INTEL_ROOT_KEY_SHA384, load_root
+    from tdxd.owner.collateral.admin import fetch_set
     from tdxd.owner.files import read_bytes
 
     root = INTEL_ROOT_KEY_SHA384
@@ -80,7 +80,7 @@ def _fetch(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from tdxd.owner.collateral_admin import export_bundle
+    from tdxd.owner.collateral.admin import export_bundle
 
     sets = export_bundle(options.store, options.file, now_s())
     if options.json:
@@ -91,7 +91,7 @@ def _export(options: argparse.Namespace) -> int:
 
 def _import(options: argparse.Namespace) -> int:
     from tdxd.cli.keyd_tables import when
-    from tdxd.owner.collateral_admin import import_bundle
+    from tdxd.owner.collateral.admin import import_bundle
 
     rows = import_bundle(options.store, options.file, now_s())
     if options.json:

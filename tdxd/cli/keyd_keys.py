@@ -69,8 +69,8 @@ def _reload(options: argparse.Namespace) -> int:
 
 def _list(options: argparse.Namespace) -> int:
     from tdxd.cli import keyd_tables
-    from tdxd.owner.signing_keys import pin_line, read_signing_keys
-    from tdxd.owner.store import Store
+    from tdxd.owner.server.signing_keys import pin_line, read_signing_keys
+    from tdxd.owner.store.store import Store
 
     with Store.open(options.store, options.kek) as store:
         tokens = [
@@ -94,8 +94,8 @@ def _list(options: argparse.Namespace) -> int:
 
 
 def _rotate_token(options: argparse.Namespace) -> int:
-    from tdxd.owner.store import Store
-    from tdxd.owner.token_keys import PUBLISH_S, rotate_token_key
+    from tdxd.owner.server.token_keys import PUBLISH_S, rotate_token_key
+    from tdxd.owner.store.store import Store
 
     with Store.open(options.store, options.kek) as store:
         key_id = rotate_token_key(options.store, store, now_s(), os.urandom)
@@ -106,7 +106,7 @@ def _rotate_token(options: argparse.Namespace) -> int:
 
 
 def _rotate_signing(options: argparse.Namespace) -> int:
-    from tdxd.owner.signing_keys import (
+    from tdxd.owner.server.signing_keys import (
         pin_line,
         publish_next,
         retire_previous,

@@ -88,7 +88,7 @@ def _add_enroll(policy: Any) -> None:
 
 
 def _policy_enroll(options: argparse.Namespace) -> int:
-    from tdxd.owner.enroll import Reference, enroll
+    from tdxd.owner.appraisal.enroll import Reference, enroll
     from tdxd.owner.files import read_bytes
 
     made = enroll(
@@ -151,7 +151,7 @@ def _policy_diff(options: argparse.Namespace) -> int:
     from tdxd.core.policy_diff import diff
     from tdxd.errors import DataError
     from tdxd.owner.files import read_text
-    from tdxd.owner.store import Store
+    from tdxd.owner.store.store import Store
 
     new = parse_policy(read_text(options.file), source=str(options.file))
     with Store.open(options.store) as store:
@@ -203,7 +203,7 @@ def _print_change(one: Change) -> None:
 
 
 def _policy_set(options: argparse.Namespace) -> int:
-    from tdxd.owner.admin import set_policy
+    from tdxd.owner.store.admin import set_policy
 
     version = set_policy(
         options.store, options.id, options.file, now_s(), kek_file=options.kek
@@ -216,7 +216,7 @@ def _policy_set(options: argparse.Namespace) -> int:
 
 def _policy_show(options: argparse.Namespace) -> int:
     from tdxd.errors import DataError
-    from tdxd.owner.store import Store
+    from tdxd.owner.store.store import Store
 
     with Store.open(options.store) as store:
         row = store.policy(options.id)

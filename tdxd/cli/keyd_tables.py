@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from tdxd.cli.keyd_explain import check_rows
 from tdxd.core.showing import when
-from tdxd.owner.store import AuditRecord, Store
+from tdxd.owner.store.store import AuditRecord, Store
 
 __all__ = ["audit_row", "print_table", "volume", "when"]
 

@@ -18,8 +18,8 @@ from tdxd.core.frozen_graph import TensorRef, shape_text
 from tdxd.core.signature import Endpoint, Signature, SignatureRequest, TensorRequest
 from tdxd.errors import UsageError
 from tdxd.host.tf_messages import type_name
-from tdxd.owner.convert import Converted, ConvertRequest, Run, convert, describe
-from tdxd.owner.tensorflow_check import find_tensorflow
+from tdxd.owner.convert.convert import Converted, ConvertRequest, Run, convert, describe
+from tdxd.owner.convert.tensorflow_check import find_tensorflow
 
 __all__ = ["main"]
 

@@ -103,8 +103,8 @@ def _add_volume_verbs(verbs: Any) -> None:
 
 
 def _init(options: argparse.Namespace) -> int:
-    from tdxd.owner.keyd_init import InitOptions, init_store
-    from tdxd.owner.pcs import INTEL_PCS_URL
+    from tdxd.owner.collateral.pcs import INTEL_PCS_URL
+    from tdxd.owner.server.init import InitOptions, init_store
 
     given = InitOptions(
         names=tuple(options.names),
@@ -128,7 +128,7 @@ def _init(options: argparse.Namespace) -> int:
 
 
 def _add(options: argparse.Namespace) -> int:
-    from tdxd.owner.admin import add_bundle
+    from tdxd.owner.store.admin import add_bundle
 
     row = add_bundle(
         options.store, options.bundle, options.policy, now_s(), kek_file=options.kek
@@ -147,7 +147,7 @@ def _add(options: argparse.Namespace) -> int:
 
 def _list(options: argparse.Namespace) -> int:
     from tdxd.cli import keyd_tables
-    from tdxd.owner.store import Store
+    from tdxd.owner.store.store import Store
 
     with Store.open(options.store) as store:
         volumes = [keyd_tables.volume(store, name) for name in store.volume_ids()]
@@ -159,8 +159,8 @@ def _list(options: argparse.Namespace) -> int:
 
 def _show(options: argparse.Namespace) -> int:
     from tdxd.cli import keyd_tables
-    from tdxd.owner.admin import known_volume
-    from tdxd.owner.store import Store
+    from tdxd.owner.store.admin import known_volume
+    from tdxd.owner.store.store import Store
 
     with Store.open(options.store) as store:
         known_volume(store, options.id)
@@ -181,7 +181,7 @@ def _show(options: argparse.Namespace) -> int:
 
 
 def _remove(options: argparse.Namespace) -> int:
-    from tdxd.owner.admin import remove_volume
+    from tdxd.owner.store.admin import remove_volume
 
     gone = remove_volume(
         options.store, options.id, options.generation, now_s(), kek_file=options.kek
@@ -193,7 +193,7 @@ def _remove(options: argparse.Namespace) -> int:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    from tdxd.owner.keyd_serve import serve
+    from tdxd.owner.server.serve import serve
 
     return serve(options.store, options.kek)
 

@@ -18,7 +18,7 @@ from tdxd.core.sealed import PublicRecord
 from tdxd.core.secret import Secret
 from tdxd.core.volume_id import check_volume_id
 from tdxd.errors import DataError, HostError, UsageError
-from tdxd.owner import certs, check, seal
+from tdxd.owner.sealing import certs, check, seal
 
 __all__ = ["main"]
 

@@ -27,7 +27,7 @@ from tdxd.guest.keyfetch import fetch_bundles
 from tdxd.guest.leased import Leased
 from tdxd.guest.runtime_record import RuntimeRecord
 from tdxd.host.ports import Host
-from tdxd.owner.admin import set_policy
+from tdxd.owner.store.admin import set_policy
 from tdxd.proto import keyrelease_pb2
 from tdxd.sim.platform import SimPlatform
 from tests.daemon.test_daemon import World, state

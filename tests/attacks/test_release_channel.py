@@ -20,18 +20,18 @@ from tdxd.core.config import Address
 from tdxd.core.secret import Secret
 from tdxd.errors import BadBundleError, KeyReleaseError, RemoteProtocolError
 from tdxd.host.rpc import RpcFailedError, tls_channel, unary_call
-from tdxd.owner.admin import set_policy
-from tdxd.owner.keyd_assembly import make_keyd
-from tdxd.owner.keyd_config import read_config
-from tdxd.owner.keyd_init import read_tls
-from tdxd.owner.limits import LimitsConfig
-from tdxd.owner.signing_keys import (
+from tdxd.owner.server.assembly import make_keyd
+from tdxd.owner.server.config import read_config
+from tdxd.owner.server.init import read_tls
+from tdxd.owner.server.limits import LimitsConfig
+from tdxd.owner.server.signing_keys import (
     pin_line,
     publish_next,
     retire_previous,
     use_next,
 )
-from tdxd.owner.store import Store
+from tdxd.owner.store.admin import set_policy
+from tdxd.owner.store.store import Store
 from tdxd.proto import keyrelease_pb2
 from tests.keyserver import Guest, opened_owner, policy_text, serving
 

@@ -27,13 +27,13 @@ from tdxd.errors import (
     Retry,
     UnavailableError,
 )
-from tdxd.owner.collateral import COLLATERAL_REASONS, CollateralCache
-from tdxd.owner.collateral_bundle import encode_bundle, parse_bundle
-from tdxd.owner.collateral_files import CollateralFiles
-from tdxd.owner.collateral_floors import StoreFloors
-from tdxd.owner.kek import create_kek
-from tdxd.owner.pcs import PcsSource, fetch_collateral
-from tdxd.owner.store import Store
+from tdxd.owner.collateral.bundle import encode_bundle, parse_bundle
+from tdxd.owner.collateral.cache import COLLATERAL_REASONS, CollateralCache
+from tdxd.owner.collateral.files import CollateralFiles
+from tdxd.owner.collateral.floors import StoreFloors
+from tdxd.owner.collateral.pcs import PcsSource, fetch_collateral
+from tdxd.owner.store.kek import create_kek
+from tdxd.owner.store.store import Store
 from tdxd.sim.collateral import Collateral
 from tdxd.sim.pccs import Answer, PccsServer
 from tdxd.sim.platform import SimPlatform

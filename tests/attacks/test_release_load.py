@@ -25,7 +25,7 @@ from tdxd.core.runtime_log import (
     encode_runtime_log,
     parse_runtime_log,
 )
-from tdxd.owner.judge import Finding, judge_volume
+from tdxd.owner.appraisal.judge import Finding, judge_volume
 from tdxd.sim.pki import Signer, _certificate
 from tdxd.sim.platform import SimPlatform
 from tests.judged import Court

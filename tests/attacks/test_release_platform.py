@@ -26,7 +26,7 @@ from tdxd.core.quote import (
     td_attributes_bytes,
 )
 from tdxd.core.runtime_log import RuntimeEvent, encode_runtime_log, volume_event
-from tdxd.owner.judge import Finding, Judgement, judge_volume, reason_of
+from tdxd.owner.appraisal.judge import Finding, Judgement, judge_volume, reason_of
 from tdxd.sim.platform import SimPlatform
 from tests.judged import NOW, Court, policy_of
 from tests.keyserver import make_bundle
@@ -365,8 +365,8 @@ def test_chain_on_a_curve_that_nobody_knows(court):
 _BATCH = """
 import base64, json, random, re, sys
 from tdxd.errors import TdxdError
-from tdxd.owner.appraise import appraise, load_root, read_pck_identity, read_quote
-from tdxd.owner.collateral import prepare
+from tdxd.owner.appraisal.appraise import appraise, load_root, read_pck_identity, read_quote
+from tdxd.owner.collateral.cache import prepare
 given = json.load(sys.stdin)
 rng = random.Random(given["seed"])
 root_der = bytes.fromhex(given["root"]); quote = bytes.fromhex(given["quote"])
@@ -465,7 +465,7 @@ _ABORT = """
 import json, os, random, signal, sys
 import dcap_qvl
 from tdxd.errors import ConfigError
-from tdxd.owner.appraise import load_root
+from tdxd.owner.appraisal.appraise import load_root
 given = json.load(sys.stdin)
 rng = random.Random(7)
 root, quote = bytes.fromhex(given["root"]), bytes.fromhex(given["quote"])

@@ -604,7 +604,7 @@ async def test_wrapped_secret_swapped_in_the_database(owner):
     owner.add("v")
     wrapped = owner.store.generations("a")[0].wrapped
     with owner.store.transaction() as change:
-        from tdxd.owner.schema import GENERATIONS
+        from tdxd.owner.store.schema import GENERATIONS
 
         statement = GENERATIONS.update().where(GENERATIONS.c.volume_id == "v")
         change._connection.execute(statement.values(wrapped=wrapped))

@@ -26,20 +26,20 @@ from tdxd.errors import (
     UnavailableError,
     UnreachableError,
 )
-from tdxd.owner.audit_config import AuditConfig
-from tdxd.owner.audit_guard import check_for_serving, load_checkpoint, public_keys
-from tdxd.owner.audit_hooks import denial_json
-from tdxd.owner.audit_record import GENESIS, chain_hash, encode_record, parse_record
-from tdxd.owner.audit_verify import verify
-from tdxd.owner.backup import make_backup
-from tdxd.owner.checkpoint import read_checkpoint
-from tdxd.owner.checkpoint_export import Exports
-from tdxd.owner.keyd_config import read_config
-from tdxd.owner.schema import METADATA
-from tdxd.owner.signing_keys import read_signing_keys
-from tdxd.owner.store import Store
-from tdxd.owner.store_seal import StoreIntegrityError
-from tdxd.owner.token_keys import wrap_token_key
+from tdxd.owner.audit.checkpoint import read_checkpoint
+from tdxd.owner.audit.checkpoint_export import Exports
+from tdxd.owner.audit.config import AuditConfig
+from tdxd.owner.audit.guard import check_for_serving, load_checkpoint, public_keys
+from tdxd.owner.audit.hooks import denial_json
+from tdxd.owner.audit.record import GENESIS, chain_hash, encode_record, parse_record
+from tdxd.owner.audit.verify import verify
+from tdxd.owner.server.config import read_config
+from tdxd.owner.server.signing_keys import read_signing_keys
+from tdxd.owner.server.token_keys import wrap_token_key
+from tdxd.owner.store.backup import make_backup
+from tdxd.owner.store.schema import METADATA
+from tdxd.owner.store.seal import StoreIntegrityError
+from tdxd.owner.store.store import Store
 from tests.keyserver import opened_owner, policy_text
 
 TIGHT = '["UpToDate"]'

@@ -20,7 +20,7 @@ from typing import Any
 import dcap_qvl
 
 from tdxd.core import keyrelease as protocol
-from tdxd.owner.collateral import prepare
+from tdxd.owner.collateral.cache import prepare
 from tests.bench.release_parts import (
     Client,
     configure,

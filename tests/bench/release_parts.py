@@ -17,8 +17,8 @@ from tdxd.core import keyrelease as protocol
 from tdxd.core.config import Address, parse_address, parse_signing_key
 from tdxd.core.secret import Secret
 from tdxd.host.rpc import tls_channel
-from tdxd.owner.keyd_init import read_tls
-from tdxd.owner.rpc_server import RpcServer
+from tdxd.owner.server.init import read_tls
+from tdxd.owner.server.rpc_server import RpcServer
 from tdxd.proto import keyrelease_pb2
 from tests.keyserver import NO_LIMITS, Owner
 

@@ -22,7 +22,7 @@ from tdxd.core.bundle import SECRET_BYTES, KeyBundle
 from tdxd.core.secret import Secret
 from tdxd.host.memory_map import MemoryMapper
 from tdxd.host.workers import never
-from tdxd.owner.seal import SealRequest, seal_directory
+from tdxd.owner.sealing.seal import SealRequest, seal_directory
 from tests.bench.measure import rss_bytes
 
 __all__ = ["rows"]

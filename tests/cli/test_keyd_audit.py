@@ -12,10 +12,9 @@ import pytest
 from tdxd.core.bundle import KeyBundle
 from tdxd.core.config import Address
 from tdxd.core.decode import encode_canonical
-from tdxd.owner.audit_record import GENESIS, chain_hash
-from tdxd.owner.store import Store
+from tdxd.owner.audit.record import GENESIS, chain_hash
+from tdxd.owner.store.store import Store
 from tests.cli.test_tdx_keyd import (
-    _umask_kept,
     bundle_file,
     ended,
     keyd,
@@ -25,7 +24,7 @@ from tests.cli.test_tdx_keyd import (
 from tests.keyserver import opened_owner
 from tests.owner.test_store import record
 
-__all__ = ["_umask_kept", "keyd", "store"]  # fixtures
+__all__ = ["keyd", "store"]  # fixtures
 
 
 def decide(store, *records):

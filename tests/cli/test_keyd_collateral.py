@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tdxd.cli.tdx_keyd import main
-from tdxd.owner.collateral_bundle import encode_bundle, parse_bundle
+from tdxd.owner.collateral.bundle import encode_bundle, parse_bundle
 from tdxd.sim.pccs import PccsServer
 from tdxd.sim.platform import SimPlatform
 from tests.collateral import DAY, a_set

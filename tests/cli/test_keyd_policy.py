@@ -14,7 +14,7 @@ from tdxd.cli.tdx_keyd import main
 from tdxd.core.check import Check, failed, passed
 from tdxd.core.policy import parse_policy
 from tdxd.errors import DeniedError
-from tdxd.owner import judge
+from tdxd.owner.appraisal import judge
 from tdxd.sim.platform import SimPlatform
 from tests.judged import NOW, Court, policy_of
 from tests.keyserver import Guest, make_bundle, opened_owner

@@ -24,21 +24,17 @@ NOBODY = 65534
 COMMAND = (sys.executable, "-m", "tdxd.cli.tdx_keyd")
 
 
-@pytest.fixture(autouse=True)
-def _umask_kept():
-    """`serve` hardens the process it runs in, which here is that of all tests."""
-    mask = os.umask(0o022)
-    os.umask(mask)
-    yield
-    os.umask(mask)
-
-
 @pytest.fixture
 def keyd(capfd, monkeypatch):
-    """Run one verb to its end, in this process: a process each would cost half a second."""
+    """Run one verb to its end, in this process: a process each would cost half a second.
+
+    `serve` hardens its process and keeps its loggers, so that one has a process of its own.
+    """
 
     def run(*argv, code=0):
         """Return standard output, or standard error where `code` is not 0."""
+        if argv[:1] == ("serve",):
+            return served(argv, code)
         monkeypatch.setattr(sys, "argv", ["tdx-keyd", *map(str, argv)])
         capfd.readouterr()
         returned = main()
@@ -48,6 +44,20 @@ def keyd(capfd, monkeypatch):
         return err if code else out
 
     return run
+
+
+def served(argv, code):
+    """Run `serve` that ends by itself; return its standard error."""
+    done = subprocess.run(
+        [*COMMAND, *map(str, argv)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (code, ""), done.stderr
+    return done.stderr
 
 
 @pytest.fixture

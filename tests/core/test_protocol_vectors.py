@@ -44,19 +44,20 @@ from tdxd.core.runtime_log import (
 )
 from tdxd.core.secret import Secret
 from tdxd.errors import DataError, RemoteProtocolError
-from tdxd.owner import judge, kek
-from tdxd.owner.audit_record import (
+from tdxd.owner.appraisal import judge
+from tdxd.owner.audit.checkpoint import Checkpoint, read_checkpoint
+from tdxd.owner.audit.record import (
     AuditRecord,
     chain_hash,
     encode_record,
     parse_record,
 )
-from tdxd.owner.checkpoint import Checkpoint, read_checkpoint
-from tdxd.owner.store_key import StoreKey
-from tdxd.owner.store_rows import GenerationRow, PolicyRow, TokenKeyRow, row_mac
-from tdxd.owner.store_seal import Seal
-from tdxd.owner.store_state import State
-from tdxd.owner.token_keys import wrap_token_key
+from tdxd.owner.server.token_keys import wrap_token_key
+from tdxd.owner.store import kek
+from tdxd.owner.store.key import StoreKey
+from tdxd.owner.store.rows import GenerationRow, PolicyRow, TokenKeyRow, row_mac
+from tdxd.owner.store.seal import Seal
+from tdxd.owner.store.state import State
 from tdxd.proto import keyrelease_pb2
 
 DOCS = Path(__file__).parents[2] / "docs"

@@ -34,7 +34,7 @@ from tdxd.errors import (
     RemoteProtocolError,
 )
 from tdxd.guest.answer import parse_answer, parse_challenge
-from tdxd.owner.collateral_bundle import encode_bundle, parse_bundle
+from tdxd.owner.collateral.bundle import encode_bundle, parse_bundle
 
 __all__ = ["TARGETS", "Target"]
 

@@ -22,7 +22,7 @@ from tdxd.core.appraisal import appraise_platform, appraise_report
 from tdxd.core.policy import parse_policy
 from tdxd.core.quote import td_attributes_bytes
 from tdxd.errors import ConfigError, EvidenceMalformedError
-from tdxd.owner.appraise import (
+from tdxd.owner.appraisal.appraise import (
     INTEL_ROOT_KEY_SHA384,
     appraise,
     intel_root,
@@ -30,7 +30,7 @@ from tdxd.owner.appraise import (
     read_pck_identity,
     read_quote,
 )
-from tdxd.owner.collateral import prepare
+from tdxd.owner.collateral.cache import prepare
 from tdxd.sim.platform import SimPlatform
 from tests.keyserver import policy_text
 from tests.vectors import VECTORS, expected, needs_vectors, quote_bytes, quote_names

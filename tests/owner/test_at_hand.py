@@ -8,7 +8,7 @@ from typing import Any, cast
 import pytest
 
 from tdxd.errors import UnavailableError
-from tdxd.owner.at_hand import AtHand, WouldWaitError, without_waiting
+from tdxd.owner.server.at_hand import AtHand, WouldWaitError, without_waiting
 
 NOW_S = 1000.0
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from tdxd.errors import UnavailableError
-from tdxd.owner import audit_hooks
-from tdxd.owner.audit_config import AuditConfig
-from tdxd.owner.audit_hooks import DenialHooks
-from tdxd.owner.deliver import post, run_command
+from tdxd.owner.audit import hooks as audit_hooks
+from tdxd.owner.audit.config import AuditConfig
+from tdxd.owner.audit.deliver import post, run_command
+from tdxd.owner.audit.hooks import DenialHooks
 from tests.owner.test_checkpoint import Receiver, wait_for
 from tests.owner.test_store import record
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tdxd.core.check import Check
 from tdxd.core.decode import encode_canonical, plain
 from tdxd.errors import DataError
-from tdxd.owner.audit_record import (
+from tdxd.owner.audit.record import (
     GENESIS,
     AuditRecord,
     chain_hash,

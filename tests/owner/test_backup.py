@@ -13,13 +13,13 @@ import pytest
 
 from tdxd.core.bundle import KeyBundle
 from tdxd.errors import ConfigError, DataError, HostError
-from tdxd.owner.audit_guard import check_for_serving
-from tdxd.owner.backup import make_backup, restore_backup
-from tdxd.owner.keyd_assembly import make_keyd
-from tdxd.owner.keyd_config import read_config
-from tdxd.owner.keyd_init import read_tls
-from tdxd.owner.store import Store
-from tdxd.owner.store_seal import StoreIntegrityError
+from tdxd.owner.audit.guard import check_for_serving
+from tdxd.owner.server.assembly import make_keyd
+from tdxd.owner.server.config import read_config
+from tdxd.owner.server.init import read_tls
+from tdxd.owner.store.backup import make_backup, restore_backup
+from tdxd.owner.store.seal import StoreIntegrityError
+from tdxd.owner.store.store import Store
 from tests.keyserver import opened_owner, serving
 from tests.owner.test_store import record
 

@@ -10,7 +10,7 @@ import pytest
 from cryptography import x509
 
 from tdxd.errors import UsageError
-from tdxd.owner.certs import make_server_certificate
+from tdxd.owner.sealing.certs import make_server_certificate
 
 
 def names(*hosts: str) -> list[str]:

@@ -21,15 +21,15 @@ from hypothesis import strategies as st
 
 from tdxd.core.secret import Secret
 from tdxd.errors import DataError, UnavailableError
-from tdxd.owner.audit_config import AuditConfig
-from tdxd.owner.checkpoint import Checkpoint, VolumeMark, read_checkpoint
-from tdxd.owner.checkpoint_export import CheckpointExporter, Exports
-from tdxd.owner.kek import create_kek
-from tdxd.owner.store import Store
-from tdxd.owner.store_key import StoreKey
-from tdxd.owner.store_rows import GenerationRow, TokenKeyRow, row_mac
-from tdxd.owner.store_seal import Seal
-from tdxd.owner.store_state import State
+from tdxd.owner.audit.checkpoint import Checkpoint, VolumeMark, read_checkpoint
+from tdxd.owner.audit.checkpoint_export import CheckpointExporter, Exports
+from tdxd.owner.audit.config import AuditConfig
+from tdxd.owner.store.kek import create_kek
+from tdxd.owner.store.key import StoreKey
+from tdxd.owner.store.rows import GenerationRow, TokenKeyRow, row_mac
+from tdxd.owner.store.seal import Seal
+from tdxd.owner.store.state import State
+from tdxd.owner.store.store import Store
 from tests.owner.test_store import generation, record
 
 SIGNING = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))

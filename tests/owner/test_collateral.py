@@ -15,10 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tdxd.errors import DataError
-from tdxd.owner.appraise import intel_root, load_root
-from tdxd.owner.collateral import COLLATERAL_REASONS, SetRules, Trust, examine, prepare
-from tdxd.owner.collateral_floors import floor_values
-from tdxd.owner.collateral_roots import trust_of
+from tdxd.owner.appraisal.appraise import intel_root, load_root
+from tdxd.owner.collateral.cache import (
+    COLLATERAL_REASONS,
+    SetRules,
+    Trust,
+    examine,
+    prepare,
+)
+from tdxd.owner.collateral.floors import floor_values
+from tdxd.owner.collateral.roots import trust_of
 from tdxd.sim.pki import make_crl
 from tdxd.sim.platform import SimPlatform
 from tests.collateral import DAY, NOW, examined, failed, trust

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tdxd.errors import DataError
-from tdxd.owner import collateral_bundle
-from tdxd.owner.collateral_bundle import CollateralSet, encode_bundle, parse_bundle
+from tdxd.owner.collateral import bundle as collateral_bundle
+from tdxd.owner.collateral.bundle import CollateralSet, encode_bundle, parse_bundle
 from tdxd.sim.platform import SimPlatform
 from tests.collateral import a_set
 

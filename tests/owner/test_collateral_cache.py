@@ -11,14 +11,14 @@ import pytest
 from tdxd.core import hpke
 from tdxd.core.secret import Secret
 from tdxd.errors import DataError, HostError, UnavailableError
-from tdxd.owner.appraise import appraise, intel_root, read_quote
-from tdxd.owner.collateral import CollateralCache, SetRules, prepare
-from tdxd.owner.collateral_bundle import CollateralSet, encode_bundle, parse_bundle
-from tdxd.owner.collateral_files import CollateralFiles, Problem
-from tdxd.owner.collateral_floors import StoreFloors
-from tdxd.owner.collateral_roots import trust_of
-from tdxd.owner.kek import create_kek
-from tdxd.owner.store import Store
+from tdxd.owner.appraisal.appraise import appraise, intel_root, read_quote
+from tdxd.owner.collateral.bundle import CollateralSet, encode_bundle, parse_bundle
+from tdxd.owner.collateral.cache import CollateralCache, SetRules, prepare
+from tdxd.owner.collateral.files import CollateralFiles, Problem
+from tdxd.owner.collateral.floors import StoreFloors
+from tdxd.owner.collateral.roots import trust_of
+from tdxd.owner.store.kek import create_kek
+from tdxd.owner.store.store import Store
 from tdxd.sim.platform import SimPlatform
 from tests.collateral import (
     DAY,

@@ -16,9 +16,9 @@ from tdxd.core.tensors import read_tensor
 from tdxd.core.tfrecord import read_records
 from tdxd.errors import DataError, HostError, UnavailableError
 from tdxd.host import tf_messages
-from tdxd.owner.convert import ConvertRequest, Run, convert, describe, judge
-from tdxd.owner.tensorflow_check import find_tensorflow
-from tdxd.owner.tensorflow_child import Checker
+from tdxd.owner.convert.convert import ConvertRequest, Run, convert, describe, judge
+from tdxd.owner.convert.tensorflow_check import find_tensorflow
+from tdxd.owner.convert.tensorflow_child import Checker
 from tests.graphs import (
     FLOAT,
     INT32,

@@ -8,7 +8,7 @@ from tdxd.core.policy import parse_policy
 from tdxd.core.quote import BodyKind, td_attributes_bytes
 from tdxd.core.runtime_log import RuntimeEvent, encode_runtime_log
 from tdxd.errors import ConfigError, DataError, EvidenceMalformedError
-from tdxd.owner.enroll import Reference, enroll
+from tdxd.owner.appraisal.enroll import Reference, enroll
 from tdxd.sim.platform import SimPlatform
 from tests.judged import Court
 

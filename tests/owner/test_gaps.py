@@ -21,9 +21,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from tdxd.core.appraisal import appraise_report
 from tdxd.core.policy import parse_policy
 from tdxd.core.quote import BodyKind, td_attributes_bytes
-from tdxd.owner.appraise import appraise, load_root, read_quote
-from tdxd.owner.collateral import prepare
-from tdxd.owner.judge import Finding, judge_volume
+from tdxd.owner.appraisal.appraise import appraise, load_root, read_quote
+from tdxd.owner.appraisal.judge import Finding, judge_volume
+from tdxd.owner.collateral.cache import prepare
 from tdxd.sim.pki import Signer, _certificate, make_crl, public_raw, sign_raw
 from tdxd.sim.quotes import QE_VENDOR_ID, QuoteShape
 from tests.judged import NOW, Court, policy_of, resigned

@@ -6,7 +6,7 @@ import pytest
 
 from tdxd.core.secret import Secret
 from tdxd.errors import ConfigError, DataError, HostError
-from tdxd.owner.kek import create_kek, read_kek, unwrap, wrap
+from tdxd.owner.store.kek import create_kek, read_kek, unwrap, wrap
 from tests.keyserver import make_bundle
 
 

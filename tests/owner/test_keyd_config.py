@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tdxd.errors import ConfigError
-from tdxd.owner.keyd_config import read_config
+from tdxd.owner.server.config import read_config
 
 GOOD = f"""
 listen = "127.0.0.1:50051"

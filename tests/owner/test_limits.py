@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tdxd.core.decode import decode
 from tdxd.errors import ConfigError
-from tdxd.owner.limits import Gate, Kind, LimitsConfig, peer_name
+from tdxd.owner.server.limits import Gate, Kind, LimitsConfig, peer_name
 
 LIMITS = LimitsConfig(
     challenges_per_s=100,

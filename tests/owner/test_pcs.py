@@ -19,10 +19,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tdxd.errors import ConfigError, DataError, UnavailableError
-from tdxd.owner import authority, pcs
-from tdxd.owner.collateral_config import CollateralConfig
-from tdxd.owner.collateral_set import prepare
-from tdxd.owner.pcs import PcsSource, fetch_collateral
+from tdxd.owner import authority
+from tdxd.owner.collateral import pcs
+from tdxd.owner.collateral.config import CollateralConfig
+from tdxd.owner.collateral.pcs import PcsSource, fetch_collateral
+from tdxd.owner.collateral.prepared import prepare
 from tdxd.sim.pccs import PccsServer
 from tdxd.sim.platform import SimPlatform
 from tests.collateral import NOW

@@ -19,9 +19,9 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from tdxd.core.eventlog import Event, encode_event_log, parse_event_log
 from tdxd.core.policy import parse_policy
 from tdxd.errors import DataError
-from tdxd.owner.appraise import intel_root, load_root
-from tdxd.owner.enroll import Reference, enroll
-from tdxd.owner.offline import OfflineEvidence, judge_offline
+from tdxd.owner.appraisal.appraise import intel_root, load_root
+from tdxd.owner.appraisal.enroll import Reference, enroll
+from tdxd.owner.appraisal.offline import OfflineEvidence, judge_offline
 from tests.vectors import VECTORS, expected, needs_vectors, quote_bytes, quote_names
 
 pytestmark = needs_vectors

@@ -7,11 +7,11 @@ import shutil
 import pytest
 
 from tdxd.errors import DataError
-from tdxd.owner.audit_guard import load_checkpoint, make_exports, public_keys
-from tdxd.owner.audit_verify import verify
-from tdxd.owner.keyd_config import read_config
-from tdxd.owner.rollback import accept_rollback
-from tdxd.owner.store import Store
+from tdxd.owner.audit.guard import load_checkpoint, make_exports, public_keys
+from tdxd.owner.audit.rollback import accept_rollback
+from tdxd.owner.audit.verify import verify
+from tdxd.owner.server.config import read_config
+from tdxd.owner.store.store import Store
 from tests.keyserver import opened_owner
 from tests.owner.test_store import record
 

@@ -17,7 +17,7 @@ from tdxd.core.bundle import KeyBundle, volume_key
 from tdxd.core.sealed import PublicRecord
 from tdxd.core.secret import Secret
 from tdxd.errors import DataError, HostError, IntegrityError
-from tdxd.owner import check, seal
+from tdxd.owner.sealing import check, seal
 
 SECRET = bytes(range(64))
 

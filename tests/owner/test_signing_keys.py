@@ -9,7 +9,7 @@ import pytest
 from tdxd.core.config import parse_signing_key
 from tdxd.core.keyrelease import signing_key_id
 from tdxd.errors import ConfigError, DataError
-from tdxd.owner.signing_keys import (
+from tdxd.owner.server.signing_keys import (
     pin_line,
     publish_first,
     publish_next,

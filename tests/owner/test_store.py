@@ -14,10 +14,10 @@ import pytest
 from tdxd.core.check import Check
 from tdxd.core.secret import Secret
 from tdxd.errors import BusyError, ConfigError, DataError, HostError
-from tdxd.owner import store_database
-from tdxd.owner.kek import create_kek
-from tdxd.owner.store import AuditRecord, GenerationRow, Store, TokenKeyRow
-from tdxd.owner.store_seal import StoreIntegrityError
+from tdxd.owner.store import database as store_database
+from tdxd.owner.store.kek import create_kek
+from tdxd.owner.store.seal import StoreIntegrityError
+from tdxd.owner.store.store import AuditRecord, GenerationRow, Store, TokenKeyRow
 
 
 @pytest.fixture
@@ -201,7 +201,7 @@ def test_quota(store):
 _SPENDER = """
 import sys
 from pathlib import Path
-from tdxd.owner.store import Store
+from tdxd.owner.store.store import Store
 with Store.open(Path(sys.argv[1])) as store:
     sys.stdout.write("ready\\n"); sys.stdout.flush(); sys.stdin.readline()
     granted = []

@@ -10,11 +10,8 @@ import pytest
 
 from tdxd.core import keyrelease as protocol
 from tdxd.errors import RemoteProtocolError
-from tdxd.owner.kek import read_kek
-from tdxd.owner.keyd_init import InitOptions, init_store
-from tdxd.owner.store import Store
-from tdxd.owner.store_seal import StoreIntegrityError
-from tdxd.owner.token_keys import (
+from tdxd.owner.server.init import InitOptions, init_store
+from tdxd.owner.server.token_keys import (
     PUBLISH_S,
     REFRESH_S,
     RETAIN_S,
@@ -23,6 +20,9 @@ from tdxd.owner.token_keys import (
     rotate_token_key,
     wrap_token_key,
 )
+from tdxd.owner.store.kek import read_kek
+from tdxd.owner.store.seal import StoreIntegrityError
+from tdxd.owner.store.store import Store
 
 DAY_S = 86400
 

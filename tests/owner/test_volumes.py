@@ -7,8 +7,8 @@ import sqlite3
 
 import pytest
 
-from tdxd.owner.kek import read_kek
-from tdxd.owner.volumes import Volumes
+from tdxd.owner.store.kek import read_kek
+from tdxd.owner.store.volumes import Volumes
 from tests.keyserver import opened_owner
 
 

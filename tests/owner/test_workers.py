@@ -19,9 +19,9 @@ from tdxd.core import keyrelease as protocol
 from tdxd.core.config import Address, parse_address
 from tdxd.errors import ConfigError, HostError
 from tdxd.host.rpc import tls_channel
-from tdxd.owner.keyd_assembly import opened_server
-from tdxd.owner.keyd_init import InitOptions, init_store
-from tdxd.owner.workers import Supervisor, WorkerFailedError, reserve_port
+from tdxd.owner.server.assembly import opened_server
+from tdxd.owner.server.init import InitOptions, init_store
+from tdxd.owner.server.workers import Supervisor, WorkerFailedError, reserve_port
 from tdxd.proto import keyrelease_pb2
 from tests.keyserver import in_server_loop
 

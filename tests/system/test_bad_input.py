@@ -238,7 +238,9 @@ def test_quote_of_another_td_is_denied_and_explained(
         finally:
             world.sim_ready = before
         store = world.directory / "keys"
-        records = json.loads(ok("tdx-keyd", "audit", "show", store, "--denied", "--json"))
+        records = json.loads(
+            ok("tdx-keyd", "audit", "show", store, "--denied", "--json")
+        )
         newest = max(records, key=lambda record: record["seq"])
         explained = ok("tdx-keyd", "explain", store, newest["denial_id"])
         assert check in explained

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from tdxd.core.config import parse_address
-from tdxd.owner.keyd_init import InitOptions, init_store
+from tdxd.owner.server.init import InitOptions, init_store
 
 ROOT = Path(__file__).parents[2]
 

@@ -1,0 +1,106 @@
+"""Puts the key server of a store directory together."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tdxd.owner.appraisal.judge import Judge
+from tdxd.owner.audit.guard import opened_audit
+from tdxd.owner.audit.record import AuditRecord
+from tdxd.owner.collateral.roots import open_caches
+from tdxd.owner.server.at_hand import AtHand
+from tdxd.owner.server.config import KeydConfig, read_config
+from tdxd.owner.server.init import read_tls
+from tdxd.owner.server.keyd import Keyd, Signer
+from tdxd.owner.server.rpc_server import RpcServer
+from tdxd.owner.server.signing_keys import read_signing_keys
+from tdxd.owner.server.token_keys import TokenKeys
+from tdxd.owner.store.kek import read_kek
+from tdxd.owner.store.store import Store
+from tdxd.owner.store.volumes import Volumes
+
+__all__ = ["make_keyd", "opened_server"]
+
+
+@contextlib.contextmanager
+def opened_server(
+    directory: Path, workers: int, kek_file: Path | None = None
+) -> Iterator[RpcServer]:
+    """Open the store and make the server of one of several workers.
+
+    Raises: ConfigError, HostError.
+    """
+    config = read_config(directory)
+    with (
+        Store.open(directory, kek_file) as store,
+        opened_audit(directory, config, store) as hooks,
+    ):
+        yield RpcServer(
+            make_keyd(
+                directory, config, store, kek_file=kek_file, on_records=hooks.tell
+            ),
+            read_tls(directory),
+            config.limits.share(workers),
+            share_port=True,
+        )
+
+
+def make_keyd(
+    directory: Path,
+    config: KeydConfig,
+    store: Store,
+    *,
+    kek_file: Path | None = None,
+    clock: Callable[[], float] = time.time,
+    on_records: Callable[[Sequence[AuditRecord]], None] = lambda _records: None,
+) -> Keyd:
+    """Build the key server of a store directory; `on_records` hears of what was decided.
+
+    Raises: ConfigError, HostError.
+    """
+    kek = read_kek(directory, kek_file)
+    token_keys = TokenKeys(
+        store,
+        kek,
+        rotate_s=config.keys.rotate_token_s,
+        clock=clock,
+        random_bytes=os.urandom,
+    )
+    return Keyd(
+        store=store,
+        volumes=Volumes(store, kek),
+        signers=_signers(directory, config, store, token_keys),
+        token_keys=token_keys,
+        deployment=bytes.fromhex(config.deployment),
+        token_lifetime_s=config.token_lifetime_s,
+        clock=clock,
+        random_bytes=os.urandom,
+        on_records=on_records,
+    )
+
+
+def _signers(
+    directory: Path, config: KeydConfig, store: Store, token_keys: TokenKeys
+) -> list[Signer]:
+    """Return the keys that may sign, each with the judge of evidence that names it."""
+    roots: Any = {
+        root: AtHand(cache.get)
+        for root, cache in open_caches(directory, config, store).items()
+    }
+    return [
+        Signer(
+            key=key,
+            judge=Judge(
+                token_keys=token_keys.opening,
+                deployment=bytes.fromhex(config.deployment),
+                signing_key_sha256=key.key_id,
+                roots=roots,
+            ),
+        )
+        for key in read_signing_keys(directory)
+    ]

@@ -1,0 +1,118 @@
+"""The admin verbs on a store directory: what `tdx-keyd add`, `policy` and `remove` do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tdxd.core.bundle import KeyBundle
+from tdxd.core.policy import parse_policy
+from tdxd.errors import DataError, TdxdError, UnavailableError
+from tdxd.owner.audit.guard import export_after_change
+from tdxd.owner.files import read_bytes, read_text
+from tdxd.owner.store.kek import wrap
+from tdxd.owner.store.store import GenerationRow, Store
+
+__all__ = ["add_bundle", "known_volume", "remove_volume", "set_policy"]
+
+
+def add_bundle(
+    directory: Path,
+    bundle_file: Path,
+    policy_file: Path | None,
+    now_s: int,
+    *,
+    kek_file: Path | None = None,
+) -> GenerationRow:
+    """Add the secret of a sealed image, and set its volume's policy, all or nothing.
+
+    `kek_file` holds the private half of the key-encryption key, if the directory does not.
+
+    Raises: DataError, ConfigError, HostError.
+    """
+    bundle = KeyBundle.parse(read_bytes(bundle_file), source=str(bundle_file))
+    text = None if policy_file is None else _policy_text(policy_file)
+    with bundle.secret:
+        manifest = bundle.manifest
+        row = GenerationRow(
+            volume_id=manifest.volume_id,
+            generation=manifest.generation,
+            wrapped=wrap(directory, bundle),
+            manifest_sha256=manifest.digest().hex(),
+            added_at_s=now_s,
+        )
+    with Store.open(directory, kek_file) as store, store.transaction() as change:
+        change.add_generation(row)
+        if text is not None:
+            change.set_policy(row.volume_id, text, now_s)
+    _export(directory, kek_file, now_s)
+    return row
+
+
+def set_policy(
+    directory: Path,
+    volume_id: str,
+    policy_file: Path,
+    now_s: int,
+    *,
+    kek_file: Path | None = None,
+) -> int:
+    """Set the policy of a volume; return its version.
+
+    Raises: DataError for an unknown volume, ConfigError, HostError.
+    """
+    text = _policy_text(policy_file)
+    with Store.open(directory, kek_file) as store:
+        known_volume(store, volume_id)
+        with store.transaction() as change:
+            version = change.set_policy(volume_id, text, now_s)
+    _export(directory, kek_file, now_s)
+    return version
+
+
+def remove_volume(
+    directory: Path,
+    volume_id: str,
+    generation: int | None,
+    now_s: int,
+    *,
+    kek_file: Path | None = None,
+) -> int:
+    """Remove one generation, or the whole volume; return how many generations went.
+
+    Raises: DataError if there is no such thing, HostError.
+    """
+    with Store.open(directory, kek_file) as store:
+        known_volume(store, volume_id)
+        with store.transaction() as change:
+            gone = change.remove(volume_id, generation, now_s)
+            if generation is not None and not gone:
+                raise DataError(f"volume {volume_id!r} has no generation {generation}")
+    _export(directory, kek_file, now_s)
+    return gone
+
+
+def known_volume(store: Store, volume_id: str) -> None:
+    """Raise DataError, naming the volumes there are, for an unknown id."""
+    ids = store.volume_ids()
+    if volume_id not in ids:
+        raise DataError(
+            f"no volume {volume_id!r} in the store",
+            hint=f"volumes: {', '.join(ids) or 'none'}",
+        )
+
+
+def _export(directory: Path, kek_file: Path | None, now_s: int) -> None:
+    try:
+        export_after_change(directory, kek_file, now_s)
+    except TdxdError as exc:
+        raise UnavailableError(
+            f"the change was made, but its checkpoint was not exported: {exc.message}",
+            hint=exc.hint
+            or "a running server tries again; or: tdx-keyd audit checkpoint",
+        ) from exc
+
+
+def _policy_text(path: Path) -> str:
+    text = read_text(path)
+    parse_policy(text, source=str(path))
+    return text

@@ -1,0 +1,130 @@
+"""What the store holds of each volume, opened once and kept until the store changes.
+
+Nothing that is not as it was sealed is used: such a volume opens for nobody, and its trouble says
+which row is wrong. The unwrapped bundles stay in the memory of the key server, beside the
+key-encryption key that opens them: keeping them gives nothing away that the process does not hold
+anyway.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+
+from tdxd.core.policy import parse_policy
+from tdxd.core.secret import Secret
+from tdxd.errors import ConfigError, DataError
+from tdxd.owner.appraisal.judge import Finding
+from tdxd.owner.store.kek import Kek, unwrap
+from tdxd.owner.store.store import GenerationRow, PolicyRow, SealedVolume, Store
+
+__all__ = ["VolumeState", "Volumes"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class VolumeState:
+    """One volume: its policy, and the newest generation's bundle, encoded, if it opens.
+
+    `trouble` says why there is no bundle; where rows are not as they were sealed, it names them,
+    and there is no policy either. `manifests` are (generation, SHA-256 of the manifest in hex) of
+    all generations that the owner ever added.
+    """
+
+    revision: int
+    finding: Finding
+    policy_version: int
+    generation: int
+    bundle: Secret | None
+    trouble: str = ""
+    manifests: frozenset[tuple[int, str]] = frozenset()
+
+
+class Volumes:
+    """A view of the store for the server; safe to use from several threads."""
+
+    def __init__(self, store: Store, kek: Kek) -> None:
+        self._store = store
+        self._kek = kek
+        self._lock = threading.Lock()
+        self._states: dict[str, VolumeState] = {}
+
+    def state(self, volume_id: str) -> VolumeState:
+        """Return the state of a volume, of some revision: the newest that this process has seen.
+
+        A decision by it stands only if the transaction that records it finds that revision.
+
+        Raises: StoreIntegrityError, HostError, BusyError.
+        """
+        with self._lock:
+            found = self._states.get(volume_id)
+            if found is None:
+                found = self._load(volume_id, self._store.sealed_volume(volume_id))
+                if (
+                    found.finding.known
+                ):  # anybody may ask for any id: only ours are kept
+                    self._states[volume_id] = found
+            return found
+
+    def renew(self, revision: int) -> None:
+        """Forget what is not of this revision of the store."""
+        with self._lock:
+            self._states = {
+                name: state
+                for name, state in self._states.items()
+                if state.revision == revision
+            }
+
+    def knows(self, volume_id: str, generation: int, manifest_sha256: bytes) -> bool:
+        """Say whether the owner ever added this generation with this manifest.
+
+        Removed ones count: a guest that served one has its event in its log until it boots again.
+
+        Raises: StoreIntegrityError, HostError, BusyError.
+        """
+        return (generation, manifest_sha256.hex()) in self.state(volume_id).manifests
+
+    def _load(self, volume_id: str, held: SealedVolume) -> VolumeState:
+        row = held.policy
+        version = row.version if row else 0
+        present = [one for one in held.generations if not one.removed_at_s]
+        if held.trouble:
+            return VolumeState(
+                revision=held.revision,
+                finding=Finding(known=True, policy=None, policy_trouble=held.trouble),
+                policy_version=version,
+                generation=0,
+                bundle=None,
+                trouble=held.trouble,
+            )
+        bundle, trouble = None, ""
+        if present:
+            bundle, trouble = self._open(present[-1])
+        return VolumeState(
+            revision=held.revision,
+            finding=_finding(volume_id, row, known=bool(present)),
+            policy_version=version,
+            generation=present[-1].generation if present else 0,
+            bundle=bundle,
+            trouble=trouble,
+            manifests=frozenset(
+                (one.generation, one.manifest_sha256) for one in held.generations
+            ),
+        )
+
+    def _open(self, row: GenerationRow) -> tuple[Secret | None, str]:
+        try:
+            opened = unwrap(self._kek, row.wrapped, row.volume_id, row.generation)
+        except DataError as exc:
+            return None, exc.message
+        with opened.secret:
+            return Secret(opened.encode()), ""
+
+
+def _finding(volume_id: str, row: PolicyRow | None, *, known: bool) -> Finding:
+    if row is None:
+        return Finding(known=known, policy=None)
+    try:
+        policy = parse_policy(row.text, source=f"policy of {volume_id}")
+    except ConfigError as exc:
+        return Finding(known=known, policy=None, policy_trouble=exc.message)
+    return Finding(known=known, policy=policy)
