@@ -87,6 +87,7 @@ The Python libraries that they need are in a private directory.""",
     man_pages=("tdx-convert.1", "tdx-seal.1", "tdx-keyd.8"),
     depends=(
         "erofs-utils (>= 1.5)",  # mkfs.erofs -x, -T, --all-root
+        "ca-certificates",  # Intel's PCS is reached over https alone
         "systemd (>= 252) | systemd-standalone-sysusers",
         "libgcc-s1",
         "libssl3 | libssl3t64",

@@ -95,7 +95,7 @@ def _show(options: argparse.Namespace) -> int:
 def _verify(options: argparse.Namespace) -> int:
     from tdxd.core.config import parse_signing_key
     from tdxd.errors import DataError, UsageError
-    from tdxd.owner.audit.guard import load_checkpoint, public_keys
+    from tdxd.owner.audit.guard import behind_hint, load_checkpoint, public_keys
     from tdxd.owner.audit.verify import verify
     from tdxd.owner.server.config import read_config
     from tdxd.owner.store.store import Store
@@ -117,9 +117,12 @@ def _verify(options: argparse.Namespace) -> int:
         found = verify(store, checkpoint, deployment=bytes.fromhex(config.deployment))
     _print_verified(options, found, None if path is None else str(path))
     if found.troubles:
+        hint = "a backup made before can be restored: tdx-keyd restore FILE NEW_STORE"
+        if found.troubles == found.behind:
+            hint = behind_hint(options.store, path)
         raise DataError(
             f"{options.store} is not as tdx-keyd left it: {found.troubles[0]}",
-            hint="a backup made before can be restored: tdx-keyd restore FILE NEW_STORE",
+            hint=hint,
         )
     return 0
 
@@ -178,8 +181,7 @@ def _checkpoint(options: argparse.Namespace) -> int:
 
     with Store.open(options.store, options.kek) as store:
         exports = make_exports(options.store, read_config(options.store), store)
-        seal, made, data = exports.current(now_s())
-        exports.write(options.file, made, data)
+        seal = exports.write_current(options.file, now_s())
     if options.json:
         return print_json(
             {"seq": seal.seq, "head": seal.head.hex(), "revision": seal.revision}

@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from tdxd.cli.keyd_verbs import add_verb, now_s, print_json
+from tdxd.cli.keyd_verbs import add_kek, add_verb, now_s, print_json
 
 __all__ = ["add_collateral_verbs"]
 
@@ -30,7 +30,9 @@ def add_collateral_verbs(verbs: Any) -> None:
         "collateral", help="Intel's signed statements about platforms: see, get, carry"
     )
     group = parser.add_subparsers(metavar="VERB", required=True)
-    add_verb(group, "status", _status, "show every set, its floors and its problem")
+    status = add_verb(
+        group, "status", _status, "show every set, its floors and its problem"
+    )
     fetch = add_verb(group, "fetch", _fetch, "fetch one set now")
     fetch.add_argument(
         "--fmspc", required=True, metavar="HEX", help="family of platforms, 12 digits"
@@ -47,12 +49,14 @@ def add_collateral_verbs(verbs: Any) -> None:
     export.add_argument("file", metavar="FILE", type=Path)
     taking = add_verb(group, "import", _import, "verify a file of sets and keep them")
     taking.add_argument("file", metavar="FILE", type=Path)
+    for verb in (status, fetch, export, taking):
+        add_kek(verb)
 
 
 def _status(options: argparse.Namespace) -> int:
     from tdxd.owner.collateral.admin import collateral_status
 
-    rows = collateral_status(options.store, now_s())
+    rows = collateral_status(options.store, now_s(), kek_file=options.kek)
     if options.json:
         return print_json([_plain(row) for row in rows])
     if not rows:
@@ -72,7 +76,14 @@ def _fetch(options: argparse.Namespace) -> int:
         path = options.store / options.root
         named = load_root(read_bytes(path), simulated=True, source=str(path))
         root = named.key_sha384
-    row = fetch_set(options.store, options.fmspc.upper(), options.ca, root, now_s())
+    row = fetch_set(
+        options.store,
+        options.fmspc.upper(),
+        options.ca,
+        root,
+        now_s(),
+        kek_file=options.kek,
+    )
     if options.json:
         return print_json(_plain(row))
     _print_rows((row,))
@@ -82,7 +93,7 @@ def _fetch(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     from tdxd.owner.collateral.admin import export_bundle
 
-    sets = export_bundle(options.store, options.file, now_s())
+    sets = export_bundle(options.store, options.file, now_s(), kek_file=options.kek)
     if options.json:
         return print_json([{"fmspc": one.fmspc, "ca": one.ca} for one in sets])
     print(f"exported {len(sets)} set(s) to {options.file}")
@@ -93,7 +104,7 @@ def _import(options: argparse.Namespace) -> int:
     from tdxd.cli.keyd_tables import when
     from tdxd.owner.collateral.admin import import_bundle
 
-    rows = import_bundle(options.store, options.file, now_s())
+    rows = import_bundle(options.store, options.file, now_s(), kek_file=options.kek)
     if options.json:
         return print_json(
             [

@@ -43,6 +43,7 @@ def add_keys_verbs(verbs: Any) -> None:
         step.add_argument(
             f"--{name}", dest="step", action="store_const", const=name, help=text
         )
+    add_kek(signing)
 
     reload_parser = verbs.add_parser(
         "reload",
@@ -98,7 +99,9 @@ def _rotate_token(options: argparse.Namespace) -> int:
     from tdxd.owner.store.store import Store
 
     with Store.open(options.store, options.kek) as store:
-        key_id = rotate_token_key(options.store, store, now_s(), os.urandom)
+        key_id = rotate_token_key(
+            options.store, store, now_s(), os.urandom, kek_file=options.kek
+        )
     if options.json:
         return print_json({"key_id": key_id.hex()})
     print(f"made token key {key_id.hex()}; every server seals with it in {PUBLISH_S} s")
@@ -106,15 +109,11 @@ def _rotate_token(options: argparse.Namespace) -> int:
 
 
 def _rotate_signing(options: argparse.Namespace) -> int:
-    from tdxd.owner.server.signing_keys import (
-        pin_line,
-        publish_next,
-        retire_previous,
-        use_next,
-    )
+    from tdxd.owner.audit.guard import retire_signing_key
+    from tdxd.owner.server.signing_keys import pin_line, publish_next, use_next
 
     if options.step == "retire":
-        retire_previous(options.store)
+        retire_signing_key(options.store, options.kek, now_s())
         if options.json:
             return print_json({"step": options.step})
         print(f"destroyed the previous signing key; {_RELOAD}")

@@ -83,8 +83,7 @@ def _main(argv: Sequence[str]) -> int:
     if os.geteuid() != 0:
         uid = os.geteuid()
         raise NotAllowedError(f"tdxd runs as root, not as uid {uid}", hint="sudo tdxd")
-    if args.sweep:
-        config_files.read_config(args.config)
+    if args.sweep:  # whatever the configuration is now, what was opened must not stay
         _sweep()
         return 0
     load = partial(_load, args.config)

@@ -29,6 +29,8 @@ class ConfigTrust(enum.Enum):
     ROOT_FILE_SYSTEM = "measured (rootfs)"
     CONFIG_ID = "measured (MRCONFIGID)"
     UNMEASURED = "unmeasured"
+    CONTRADICTED = "unmeasured (MRCONFIGID is of another)"
+    """The TD was started for another configuration, which a policy may pin: never accepted."""
 
 
 def config_digest(files: Sequence[tuple[str, bytes]]) -> bytes:

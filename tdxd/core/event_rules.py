@@ -75,11 +75,6 @@ class LogAppraisal:
     checks: tuple[Check, ...]
     initial_rtmr3: bytes
 
-    @property
-    def ok(self) -> bool:
-        """Whether every check passed."""
-        return all(check.ok for check in self.checks)
-
 
 def appraise_logs(
     rules: EventLogRules,

@@ -16,6 +16,9 @@ def when(at_s: int) -> str:
 
 
 def shown(text: str, max_chars: int) -> str:
-    """Make text of a stranger fit for a terminal: printable, and not too long."""
-    plain = "".join(one if one.isprintable() else "?" for one in text[:max_chars])
+    """Make text of a stranger fit for a terminal: one printable line, and not too long."""
+    plain = "".join(
+        one if one.isprintable() else " " if one.isspace() else "?"
+        for one in text[:max_chars]
+    )
     return plain + "…" if len(text) > max_chars else plain

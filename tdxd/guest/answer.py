@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from tdxd.core import keyrelease as protocol
+from tdxd.core.showing import shown
 from tdxd.errors import RemoteProtocolError
 
 __all__ = ["Answer", "Challenge", "Verdict", "parse_answer", "parse_challenge"]
@@ -80,16 +81,11 @@ def parse_answer(data: bytes) -> Answer:
                     status=item.status,
                     sealed_bundle=item.sealed_bundle,
                 ),
-                denial_id=_plain(item.denial_id),
-                reason=_plain(item.reason),
-                hint=_plain(item.hint),
+                denial_id=shown(item.denial_id, _TEXT_MAX),
+                reason=shown(item.reason, _TEXT_MAX),
+                hint=shown(item.hint, _TEXT_MAX),
             )
             for item in message.verdicts
         ),
         signature=message.signature,
     )
-
-
-def _plain(text: str) -> str:
-    """Keep a text of the peer to one printable line: it goes to logs and terminals."""
-    return "".join(char if char.isprintable() else " " for char in text)[:_TEXT_MAX]

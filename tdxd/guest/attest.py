@@ -15,13 +15,15 @@ from tdxd.errors import TdxdError
 from tdxd.guest.leased import Leased
 from tdxd.guest.standstill import Standstill
 
-__all__ = ["Attester", "Bundles", "FetchBundles"]
+__all__ = ["BATCH_MAX", "Attester", "Bundles", "FetchBundles"]
 
 Bundles = Mapping[str, Leased | TdxdError]
 """A bundle or an error for each volume id."""
 FetchBundles = Callable[[tuple[str, ...]], Awaitable[Bundles]]
 """Runs one exchange for these ids, which are sorted."""
 
+BATCH_MAX = 64
+"""What one request carries: `core.keyrelease.VOLUMES_MAX`, without its cryptography at start."""
 _GATHER_S = 0.05
 
 
@@ -63,8 +65,10 @@ class Attester:
             await self._asked.wait()
             await trio.sleep(_GATHER_S)
             self._asked = trio.Event()
-            batch = {key: asked for key, asked in self._waiting.items() if asked}
-            self._waiting = {}
+            asking = [(key, asked) for key, asked in self._waiting.items() if asked]
+            batch, self._waiting = dict(asking[:BATCH_MAX]), dict(asking[BATCH_MAX:])
+            if self._waiting:
+                self._asked.set()
             if batch:
                 with (
                     self._standstill.running("a key release"),

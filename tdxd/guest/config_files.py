@@ -17,8 +17,7 @@ from tdxd.core.config_trust import ConfigTrust, config_digest
 from tdxd.core.quote import REPORT_DATA_BYTES
 from tdxd.core.td_report import parse_td_report
 from tdxd.errors import ConfigError, EvidenceError, HostError
-from tdxd.host import measured_root, rtmr, tdx_guest
-from tdxd.host.attempts import TransientError
+from tdxd.host import machine, measured_root, rtmr, tdx_guest
 
 __all__ = [
     "LoadedConfig",
@@ -64,13 +63,8 @@ def digest_of(path: str, *, ca: str | None = None) -> bytes:
     """
     files = _read_files(path)
     where = ca or _parse(files).key_release.ca
-    try:
-        return _digest(path, files, _read(where))
-    except OSError as exc:
-        hint = "key_release.ca is hashed, too; --ca FILE names where it lies now"
-        raise ConfigError(
-            f"{where}: cannot be read: {exc.strerror}", hint=hint
-        ) from exc
+    hint = "key_release.ca is hashed, too; --ca FILE names where it lies now"
+    return _digest(path, files, _read_ca(where, hint))
 
 
 def load_config(path: str) -> LoadedConfig:
@@ -85,12 +79,12 @@ def load_config(path: str) -> LoadedConfig:
     if measured_root.lie_on_measured_root(used):
         return LoadedConfig(config=config, trust=ConfigTrust.ROOT_FILE_SYSTEM)
     config_id = _mr_config_id(config.platform)
-    try:
-        ca_pem = _read(ca)
-    except OSError:
-        return LoadedConfig(config=config)  # shown when it is needed
-    if config_id is None or config_id != _digest(path, files, ca_pem):
+    if config_id is None or not any(config_id):
         return LoadedConfig(config=config)
+    hint = "MRCONFIGID says that the configuration is measured, and this file with it"
+    ca_pem = _read_ca(ca, hint)
+    if config_id != _digest(path, files, ca_pem):
+        return LoadedConfig(config=config, trust=ConfigTrust.CONTRADICTED)
     return LoadedConfig(config=config, trust=ConfigTrust.CONFIG_ID, ca_pem=ca_pem)
 
 
@@ -99,6 +93,13 @@ def require_trust(loaded: LoadedConfig) -> LoadedConfig:
 
     Raises: ConfigError.
     """
+    if loaded.trust is ConfigTrust.CONTRADICTED:
+        raise ConfigError(
+            "this configuration is unmeasured: MRCONFIGID is that of another one, for which the "
+            "TD was started",
+            hint="tdxd config-digest prints what MRCONFIGID must be, or zero for none; "
+            "security.accept_unmeasured does not help here",
+        )
     accepted = loaded.config.security.accept_unmeasured
     if loaded.trust is ConfigTrust.UNMEASURED and not accepted:
         raise ConfigError(
@@ -138,6 +139,13 @@ def _read(path: str) -> bytes:
         return file.read()
 
 
+def _read_ca(path: str, hint: str) -> bytes:
+    try:
+        return _read(path)
+    except OSError as exc:
+        raise ConfigError(f"{path}: cannot be read: {exc.strerror}", hint=hint) from exc
+
+
 def _parse(files: Sequence[tuple[str, bytes]]) -> Config:
     texts = []
     for name, content in files:
@@ -156,12 +164,17 @@ def _digest(path: str, files: Sequence[tuple[str, bytes]], ca_pem: bytes) -> byt
 
 
 def _mr_config_id(platform: PlatformConfig) -> bytes | None:
-    """Return MRCONFIGID, from the TDX module alone: a quote passes through the host's hands."""
+    """Return MRCONFIGID, from the TDX module alone: a quote passes through the host's hands.
+
+    A TD asks where the kernel has it, for a configuration that is yet to be proved could name
+    a file of the host's; only a simulated platform is where the configuration says.
+    """
+    place = PlatformConfig() if machine.is_tdx_guest() else platform
     try:
-        found = rtmr.read_mr_config_id(platform.rtmr)
+        found = rtmr.read_mr_config_id(place.rtmr)
         if found is not None:
             return found
-        report = tdx_guest.read_td_report(platform.tdx_guest, bytes(REPORT_DATA_BYTES))
+        report = tdx_guest.td_report(place.tdx_guest, bytes(REPORT_DATA_BYTES))
         return parse_td_report(report).mr_config_id
-    except (HostError, EvidenceError, TransientError):
+    except (HostError, EvidenceError):
         return None  # no TDX guest, or no way to know

@@ -23,6 +23,10 @@ def judge_config(facts: Facts) -> Iterator[Finding]:
 
 
 def _trust(facts: Facts) -> Finding:
+    if facts.trust is ConfigTrust.CONTRADICTED:
+        text = "config: unmeasured, MRCONFIGID is that of another configuration"
+        todo = "start the TD with what tdxd config-digest prints, or mend the configuration"
+        return fail("trust", text, todo)
     if facts.trust is not ConfigTrust.UNMEASURED:
         return ok("trust", f"config: {facts.trust.value}")
     text = "config: unmeasured, no quote proves it to the key server or to users"

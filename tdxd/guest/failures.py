@@ -42,8 +42,10 @@ class Failures:
     ) -> None:
         """Count one more; the next attempt may follow `at_once` unless policy refused.
 
-        With `left_s` of a lease to go no pause is longer than half of that.
+        With `left_s` of a lease to go no pause is longer than half of that. Only what the error
+        says is kept: the frames of its traceback hold what they worked with, keys among it.
         """
+        error.__traceback__ = error.__cause__ = error.__context__ = None
         attempts = self.last.attempts + 1 if self.last else 1
         now_s = trio.current_time()
         pause_s = self._pause_s(error, attempts, at_once=at_once)

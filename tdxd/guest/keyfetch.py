@@ -110,6 +110,10 @@ class _Exchange:
     async def run(self, server: KeyServer, scope: trio.CancelScope) -> Fetched:
         challenge = parse_challenge(await server.challenge())
         pin_id = self._pinned(challenge.signing_key_sha256)
+        if len(challenge.token) != protocol.TOKEN_BYTES:
+            size = f"{len(challenge.token)} bytes, not {protocol.TOKEN_BYTES}"
+            text = f"token of key server {self.server} has {size}"
+            raise RemoteProtocolError(text)
         with _fresh_key(self._host) as key:
             async with self._record.held() as runtime_log:
                 event_log = await trio.to_thread.run_sync(self._host.tsm.event_log)

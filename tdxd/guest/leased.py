@@ -14,7 +14,6 @@ __all__ = ["Lease", "Leased"]
 class Lease:
     """Until when a volume may be open, and when to ask again: seconds of CLOCK_BOOTTIME."""
 
-    granted_s: int
     until_s: float
     renew_s: float
 
@@ -33,7 +32,6 @@ class Leased:
             return None
         share = 0.4 + 0.2 * clock.jitter()
         return Lease(
-            granted_s=self.lease_s,
             until_s=self.sent_s + self.lease_s,
             renew_s=self.sent_s + self.lease_s * share,
         )

@@ -25,6 +25,7 @@ from tdxd.guest.lease import VolumeLease
 from tdxd.guest.opening import is_open, map_first
 from tdxd.guest.surroundings import Surroundings
 from tdxd.host import clock, images
+from tdxd.host.attempts import LONGEST_QUOTE_S
 from tdxd.host.ports import MappedVolume
 
 __all__ = ["VolumeReconciler"]
@@ -179,8 +180,11 @@ class VolumeReconciler:
     def _allowance_s(self, action: plan.VolumeAction) -> float:
         """Return how long an action may take before the watchdog must doubt this loop."""
         match action:
-            case plan.Attest():
-                return self._release.timeout_s * len(self._release.servers)
+            case plan.Attest():  # an exchange that others began, then its own
+                one_s = self._release.timeout_s + LONGEST_QUOTE_S
+                return 2 * one_s * len(self._release.servers)
+            case plan.Record():  # RTMR3 rests while a quote is made
+                return LONGEST_QUOTE_S
             case plan.Map() if self._bundle is not None:
                 return self._bundle.manifest.image_bytes / _SLOWEST_BYTES_PER_S
         return 0.0

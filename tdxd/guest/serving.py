@@ -344,8 +344,11 @@ class ServingReconciler:
         if front is None:
             return
         config = self.config.serving
+        drains = config and not self._observe().front_revoked
+        drain_s = config.drain_timeout_s if config and drains else 0.0
+        self.beat_s = trio.current_time() + drain_s
         with trio.CancelScope(shield=True):
-            await front.stop(config.drain_timeout_s if config else 0)
+            await front.stop(drain_s)
         self._events.emit("front.stopped")
         if self.stopping or config is None:
             self._listener.close()

@@ -8,7 +8,21 @@ from collections.abc import Callable
 from tdxd.core.quote import REPORT_DATA_BYTES
 from tdxd.errors import EvidenceUnavailableError
 
-__all__ = ["TransientError", "quote_by_attempts"]
+__all__ = [
+    "ANSWER_S",
+    "ATTEMPTS",
+    "LONGEST_QUOTE_S",
+    "PAUSE_S",
+    "TransientError",
+    "quote_by_attempts",
+]
+
+ATTEMPTS = 4
+PAUSE_S = 0.25
+ANSWER_S = 30.0
+"""How long the host's quoting service may take each time; by configfs the kernel sees to it."""
+LONGEST_QUOTE_S = ATTEMPTS * (ANSWER_S + PAUSE_S)
+"""How long asking for a quote can take where the host does not answer."""
 
 
 class TransientError(Exception):

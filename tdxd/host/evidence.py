@@ -6,6 +6,7 @@ import os
 
 from tdxd.core.config import PlatformConfig
 from tdxd.core.qgs import parse_qgs_address
+from tdxd.host.attempts import ATTEMPTS
 from tdxd.host.ports import Tsm
 from tdxd.host.tdx_guest import IoctlTsm
 from tdxd.host.tsm import ConfigfsTsm
@@ -13,7 +14,7 @@ from tdxd.host.tsm import ConfigfsTsm
 __all__ = ["EitherTsm", "make_tsm"]
 
 
-def make_tsm(config: PlatformConfig, *, attempts: int = 4) -> Tsm:
+def make_tsm(config: PlatformConfig, *, attempts: int = ATTEMPTS) -> Tsm:
     """Return what asks for quotes in the configured way, each as often as `attempts` says."""
     configfs = ConfigfsTsm(config.tsm, config.event_log, attempts=attempts)
     qgs = parse_qgs_address(config.qgs)

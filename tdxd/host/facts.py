@@ -86,7 +86,7 @@ def gather_machine(
     return MachineFacts(
         uid=os.geteuid(),
         kernel=os.uname().release,
-        tdx_cpu=_cpu_has(place, "tdx_guest"),
+        tdx_cpu=machine.is_tdx_guest(str(place / "proc/cpuinfo")),
         device_mapper=dm.available(),
         loop=(place / "dev/loop-control").exists(),
         file_systems=_file_systems(place, ("erofs",)),
@@ -107,14 +107,6 @@ def _text(path: Path, max_bytes: int = 1 << 20) -> str:
     with contextlib.suppress(OSError), path.open("rb") as file:
         return file.read(max_bytes).decode(errors="replace")
     return ""
-
-
-def _cpu_has(place: Path, flag: str) -> bool:
-    for line in _text(place / "proc/cpuinfo").splitlines():
-        name, _, values = line.partition(":")
-        if name.strip() == "flags":
-            return flag in values.split()
-    return False
 
 
 def _file_systems(place: Path, names: tuple[str, ...]) -> frozenset[str]:

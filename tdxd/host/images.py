@@ -21,9 +21,13 @@ class ImageFile:
 
 
 def candidates(pattern: str) -> tuple[ImageFile, ...]:
-    """Return what matches a path or a glob now, sorted by path; links are not followed."""
+    """Return what matches a path or a glob now, sorted by path; links are not followed.
+
+    A name that is not printable text is passed over: the host gave it, and status, events and
+    terminals would have to show it.
+    """
     found = []
-    for path in sorted(glob.glob(pattern)):
+    for path in sorted(filter(str.isprintable, glob.glob(pattern))):
         try:
             seen = os.lstat(path)
         except OSError:

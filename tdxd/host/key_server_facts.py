@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from tdxd.core.config import Address
 from tdxd.core.keyrelease import CHALLENGE_PATH, CLOCK_KEY
+from tdxd.core.showing import shown
 from tdxd.host.facts import Problem
 from tdxd.host.rpc import tls_channel
 
@@ -125,7 +126,7 @@ def _challenge(address: Address, ca_pem: bytes) -> KeyServerFacts:
         told = [*(done.initial_metadata() or ()), *(done.trailing_metadata() or ())]
     except grpc.RpcError as exc:
         failed: Any = exc
-        text = f"{failed.code().name}: {_plain(failed.details() or '')}"
+        text = f"{failed.code().name}: {shown(failed.details() or '', _TEXT_MAX)}"
         problem = Problem(text, "is that tdx-keyd, of the same version as this tdxd?")
         return KeyServerFacts(server=str(address), step="challenge", problem=problem)
     finally:
@@ -149,9 +150,4 @@ def ahead(told: list[Any], now_s: float) -> float | None:
 
 def _words(exc: Exception) -> str:
     text = exc.strerror if isinstance(exc, OSError) and exc.strerror else str(exc)
-    return _plain(text or type(exc).__name__)
-
-
-def _plain(text: str) -> str:
-    """Keep a peer's text to one printable line."""
-    return "".join(char if char.isprintable() else " " for char in text)[:_TEXT_MAX]
+    return shown(text or type(exc).__name__, _TEXT_MAX)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import resource
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from tdxd.errors import HostError
 
-__all__ = ["boot_id", "harden", "swap_areas"]
+__all__ = ["boot_id", "harden", "is_tdx_guest", "swap_areas"]
 
 _PR_SET_DUMPABLE = 4
 """Source: prctl(2)."""
@@ -43,6 +44,14 @@ def swap_areas(path: str = "/proc/swaps") -> tuple[str, ...]:
             return tuple(line.split()[0] for line in list(lines)[1:] if line.strip())
     except FileNotFoundError:
         return ()  # a kernel without swap
+
+
+def is_tdx_guest(path: str = "/proc/cpuinfo") -> bool:
+    """Say whether Intel TDX protects this machine, as the kernel found at its start."""
+    with contextlib.suppress(OSError), open(path, "rb") as lines:
+        flags = next((line for line in lines if line.startswith(b"flags")), b"")
+        return b"tdx_guest" in flags.partition(b":")[2].split()
+    return False
 
 
 def boot_id(path: str = "/proc/sys/kernel/random/boot_id") -> str:

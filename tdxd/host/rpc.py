@@ -14,6 +14,7 @@ import trio
 
 from tdxd.core.config import Address
 from tdxd.core.keyrelease import ANSWER_MAX_BYTES, CHALLENGE_PATH, RELEASE_PATH
+from tdxd.core.showing import shown
 from tdxd.errors import DeniedError, KeyReleaseError, UnreachableError
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ __all__ = [
     "unix_channel",
 ]
 
+_TEXT_MAX_CHARS = 300
 _UNBOUNDED_S = 3600.0
 """Deadline told to the server where the caller's own trio deadline rules."""
 
@@ -101,9 +103,10 @@ async def unary_call(
         await done.wait()
         answer = future.result()
     except grpc.RpcError as exc:
-        status, details = exc.code().name, exc.details() or ""
-        text = f"call {path} failed: {status}: {_plain(details)}"
-        raise RpcFailedError(text, status=status, details=_plain(details)) from exc
+        status = exc.code().name
+        details = shown(exc.details() or "", _TEXT_MAX_CHARS)
+        text = f"call {path} failed: {status}: {details}"
+        raise RpcFailedError(text, status=status, details=details) from exc
     except grpc.FutureCancelledError as exc:
         text = f"call {path} was cancelled"
         raise RpcFailedError(text, status="CANCELLED", details="") from exc
@@ -160,9 +163,3 @@ def _key_release_error(address: Address, exc: RpcFailedError) -> KeyReleaseError
     if "certificate" in exc.details.lower() or "handshake" in exc.details.lower():
         hint = "its certificate is not of the CA that key_release.ca names, or has another name"
     return UnreachableError(text, hint=hint)
-
-
-def _plain(text: str) -> str:
-    """Keep a peer's text to one printable line of bounded length."""
-    line = "".join(char if char.isprintable() else " " for char in text)
-    return line[:300]

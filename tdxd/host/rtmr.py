@@ -25,7 +25,10 @@ _NONE = (
 _HINTS = {
     errno.ENOENT: _NONE,
     errno.ENOTDIR: _NONE,
-    errno.EROFS: "the unit's ReadWritePaths= must name the directory platform.rtmr",
+    errno.EROFS: (
+        "the unit's ReadWritePaths= must name the directory platform.rtmr; if it does, tdx_guest "
+        "was loaded too late: restart tdxd"
+    ),
     errno.EACCES: "only root may extend RTMR3",
     errno.EPERM: "only root may extend RTMR3",
     errno.EINVAL: "the kernel takes 48 bytes only: this is not the file of a TDX register",

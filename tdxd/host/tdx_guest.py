@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+from functools import partial
 
 from tdxd.core.qgs import QgsAddress
 from tdxd.core.quote import REPORT_DATA_BYTES
@@ -17,11 +18,17 @@ from tdxd.core.td_report import (
     parse_td_report,
 )
 from tdxd.errors import EvidenceMalformedError, EvidenceUnavailableError
-from tdxd.host.attempts import TransientError, quote_by_attempts
+from tdxd.host.attempts import (
+    ANSWER_S,
+    ATTEMPTS,
+    PAUSE_S,
+    TransientError,
+    quote_by_attempts,
+)
 from tdxd.host.event_log import read_event_log
 from tdxd.host.qgs import request_quote
 
-__all__ = ["IoctlTsm", "read_td_report"]
+__all__ = ["IoctlTsm", "read_td_report", "td_report"]
 
 _HINTS = {
     errno.ENOENT: "modprobe tdx_guest, in a TDX guest with Linux 6.2 or later",
@@ -32,6 +39,19 @@ _HINTS = {
     errno.EIO: "the TDX module refused to make a report",
 }
 _TRANSIENT = (errno.EBUSY, errno.EINTR)
+
+
+def td_report(device: str, report_data: bytes) -> bytes:
+    """Return the TDREPORT over 64 bytes of report data, 1024 bytes; asked for several times.
+
+    Raises: EvidenceUnavailableError.
+    """
+    return quote_by_attempts(
+        partial(read_td_report, device),
+        report_data,
+        attempts=ATTEMPTS,
+        pause_s=PAUSE_S,
+    )
 
 
 def read_td_report(device: str, report_data: bytes) -> bytes:
@@ -76,9 +96,9 @@ class IoctlTsm:
         qgs: QgsAddress,
         event_log_path: str,
         *,
-        attempts: int = 4,
-        pause_s: float = 0.25,
-        timeout_s: float = 30.0,
+        attempts: int = ATTEMPTS,
+        pause_s: float = PAUSE_S,
+        timeout_s: float = ANSWER_S,
     ) -> None:
         self._device, self._qgs = device, qgs
         self._event_log_path = event_log_path

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from tdxd.core.quote import MAX_QUOTE_BYTES
 from tdxd.errors import EvidenceUnavailableError
-from tdxd.host.attempts import TransientError, quote_by_attempts
+from tdxd.host.attempts import ATTEMPTS, PAUSE_S, TransientError, quote_by_attempts
 from tdxd.host.bounded import read_bounded
 from tdxd.host.event_log import read_event_log
 
@@ -46,8 +46,8 @@ class ConfigfsTsm:
         report_dir: str,
         event_log_path: str,
         *,
-        attempts: int = 4,
-        pause_s: float = 0.25,
+        attempts: int = ATTEMPTS,
+        pause_s: float = PAUSE_S,
     ) -> None:
         self._report_dir = report_dir
         self._event_log_path = event_log_path

@@ -7,10 +7,10 @@ signed as its exact compact bytes.
 from __future__ import annotations
 
 import dataclasses
-import datetime as dt
 import json
 from typing import Literal
 
+from tdxd.core.showing import when
 from tdxd.sim.pki import Pki, Signer, make_crl
 from tdxd.sim.quotes import QuoteShape
 from tdxd.sim.sgx_extension import PckIdentity
@@ -86,7 +86,7 @@ def make_collateral(
     revoked = {name: getattr(pki, name).certificate for name in state.revoked}
     pck = [revoked[name] for name in revoked if name == "pck"]
     others = [revoked[name] for name in revoked if name != "pck"]
-    dates = {"issueDate": _iso(issued), "nextUpdate": _iso(ends)}
+    dates = {"issueDate": when(issued), "nextUpdate": when(ends)}
     tcb_info = _compact(_tcb_info(pki.identity, tee_tcb_svn, dates, state))
     qe_identity = _compact(_qe_identity(dates, state))
     signer: Signer = getattr(pki, state.signer)
@@ -170,7 +170,7 @@ def _qe_identity(dates: dict[str, str], state: TcbState) -> dict[str, object]:
 def _level(
     tcb: object, status: str, advisories: tuple[str, ...], state: TcbState
 ) -> dict[str, object]:
-    level = {"tcb": tcb, "tcbDate": _iso(state.tcb_date_s), "tcbStatus": status}
+    level = {"tcb": tcb, "tcbDate": when(state.tcb_date_s), "tcbStatus": status}
     return {**level, "advisoryIDs": list(advisories)} if advisories else level
 
 
@@ -180,8 +180,3 @@ def _or(chosen: int | None, default: int) -> int:
 
 def _compact(value: object) -> str:
     return json.dumps(value, separators=(",", ":"))
-
-
-def _iso(seconds: int) -> str:
-    moment = dt.datetime.fromtimestamp(seconds, tz=dt.UTC)
-    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -18,7 +18,7 @@ from tdxd.core.decode import encode_canonical
 from tdxd.core.plan import VolumeState
 from tdxd.core.runtime_log import RuntimeEvent
 from tdxd.core.runtime_record import RuntimeHistory, parse_history
-from tdxd.errors import BadBundleError, DeniedError
+from tdxd.errors import BadBundleError, DeniedError, RemoteProtocolError
 from tdxd.guest.attest import Bundles
 from tdxd.guest.config_files import LoadedConfig
 from tdxd.guest.daemon import Daemon
@@ -107,6 +107,29 @@ class Man:
 async def through(owner: Owner, change: Callable[..., object]) -> object:
     with serving(Man(owner, change), owner.server_tls()) as address:
         return (await owner.fetch_leased("v", config=owner.config(address)))["v"]
+
+
+@pytest.mark.parametrize("token", [b"", b"t" * 1000])
+async def test_a_token_of_another_size_is_no_error_of_ours(
+    owner: Owner, token: bytes
+) -> None:
+    """It would keep the volume closed for good, and no other server would be asked."""
+    owner.add("v")
+
+    class Misleading(Man):
+        def challenge(self, request, context):
+            answer = super().challenge(request, context)
+            message = keyrelease_pb2.ChallengeResponse.FromString(answer)
+            message.token = token
+            return message.SerializeToString()
+
+    man = Misleading(owner, lambda *_: None)
+    with serving(man, owner.server_tls()) as address:
+        got = (await owner.fetch_leased("v", config=owner.config(address)))["v"]
+        assert isinstance(got, RemoteProtocolError)
+        assert f"{len(token)} bytes" in got.message
+        both = owner.config(address, owner.address)
+        assert isinstance((await owner.fetch_leased("v", config=both))["v"], Leased)
 
 
 async def test_a_lease_cannot_be_stripped_or_changed_on_the_way(owner: Owner) -> None:

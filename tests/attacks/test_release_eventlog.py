@@ -107,12 +107,11 @@ def judge(
 
 def refused(appraisal: LogAppraisal) -> dict[str, str]:
     """Return the names and findings of the checks that failed: there must be one."""
-    assert not appraisal.ok
     return {one.name: one.actual for one in appraisal.checks if not one.ok}
 
 
 def test_the_honest_logs_pass() -> None:
-    assert judge().ok
+    assert not refused(judge())
 
 
 # --- events of firmware's log ----------------------------------------------------

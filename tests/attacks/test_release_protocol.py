@@ -153,6 +153,27 @@ async def test_replayed_token_with_another_key(owner):
     assert owner.last().reason == "report-data"
 
 
+async def test_evidence_that_is_none_fills_no_disk_by_naming_many_volumes(owner):
+    """A stranger has a token like everybody: one record and one denial id for 64 volumes."""
+    names = [f"v{index:02}" for index in range(64)]
+    owner.add("v00")
+    relay = Relay(owner.service)
+    with serving(relay, owner.server_tls()) as address:
+        await owner.fetch("v00", config=owner.config(address))
+    before = len(owner.store.audit())
+    hostile = keyrelease_pb2.ReleaseRequest.FromString(relay.requests[0])
+    hostile.volume_ids[:] = names
+    hostile.quote = b"none"
+    request = hostile.SerializeToString()
+    verdicts = await raw_release(owner.address, owner, request)
+    assert [one.volume_id for one in verdicts] == names
+    assert {one.reason for one in verdicts} == {"quote-format"}
+    assert len({one.denial_id for one in verdicts}) == 1
+    assert len(owner.store.audit()) == before + 1
+    named = {check.name: check.actual for check in owner.last().checks}["volumes"]
+    assert named.startswith("v00, v01, ")
+
+
 async def test_replay_of_a_whole_request_only_seals_to_the_same_guest(owner):
     owner.add("v")
     relay = Relay(owner.service)

@@ -92,7 +92,7 @@ def exports(owner, path):
         owner.store,
         owner.directory,
         AuditConfig(checkpoint_file=str(path)),
-        signing=read_signing_keys(owner.directory)[0].private,
+        keys=lambda: [key.private for key in read_signing_keys(owner.directory)],
         deployment=bytes.fromhex(read_config(owner.directory).deployment),
     )
 
@@ -638,7 +638,7 @@ def test_checkpoint_of_another_deployment_under_the_same_key(owner, tmp_path):
         owner.store,
         owner.directory,
         AuditConfig(checkpoint_file=str(tmp_path / "checkpoint")),
-        signing=read_signing_keys(owner.directory)[0].private,
+        keys=lambda: [key.private for key in read_signing_keys(owner.directory)],
         deployment=bytes(16),
     )
     made.export(5)

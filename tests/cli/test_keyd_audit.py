@@ -163,6 +163,134 @@ def test_verbs_that_change_need_the_key_and_are_told_where_it_is(keyd, store, tm
     keyd("remove", store, "v", "--kek", kept)
 
 
+def rotated(keyd, store):
+    """Publish and use the next signing key; nothing new for the audit log comes of it."""
+    keyd("keys", "rotate-signing", store, "--publish")
+    keyd("keys", "rotate-signing", store, "--use")
+
+
+def previous(store):
+    return (store / "signing.previous.key").exists()
+
+
+def test_store_serves_after_its_signing_key_was_retired(keyd, store, checkpoint):
+    """Nothing new was decided in between, so no server exported a checkpoint by itself."""
+    keyd("add", store, bundle_file(store.parent))
+    before = checkpoint.read_bytes()
+    rotated(keyd, store)
+    assert checkpoint.read_bytes() == before
+    keyd("keys", "rotate-signing", store, "--retire")
+    assert not previous(store)
+    assert checkpoint.read_bytes() != before
+    keyd("audit", "verify", store)
+    child, _ = started(store)
+    ended(child)
+    keyd("audit", "checkpoint", store, checkpoint)
+
+
+def test_server_that_was_not_reloaded_signs_by_no_retired_key(keyd, store, checkpoint):
+    """Its exporter takes the key of the moment."""
+    child, _ = started(store)
+    try:
+        rotated(keyd, store)
+        keyd("keys", "rotate-signing", store, "--retire")
+        with Store.open(store) as opened, opened.transaction() as change:
+            change.record([record()])
+    finally:
+        ended(child)  # it exports once more
+    assert f"not behind {checkpoint}" in keyd("audit", "verify", store)
+    with Store.open(store) as opened:
+        assert opened.seal().exported_seq == 1
+
+
+@pytest.mark.parametrize("target", ["missing", "unwritable", "behind", "foreign"])
+def test_key_is_not_retired_before_the_checkpoint_is_signed_anew(
+    keyd, store, checkpoint, tmp_path, target
+):
+    keyd("add", store, bundle_file(tmp_path))
+    rotated(keyd, store)
+    good = checkpoint.read_bytes()
+    if target == "missing":
+        checkpoint.unlink()
+    elif target == "unwritable":
+        config = (store / "keyd.toml").read_text()
+        (store / "keyd.toml").write_text(
+            config.replace(str(checkpoint), f"{checkpoint}/x")
+        )
+    elif target == "behind":
+        older = tmp_path / "older"
+        keyd("backup", store, tmp_path / "backup", "--with-keys")
+        decide(store, record())
+        keyd("audit", "checkpoint", store, checkpoint)
+        keyd("restore", tmp_path / "backup", older)
+        store = older
+        rename_previous(tmp_path / "store", older)
+    else:
+        checkpoint.write_text("something else")
+    err = keyd("keys", "rotate-signing", store, "--retire", code=78)
+    assert "the previous signing key is kept" in err
+    assert "hint:" in err
+    assert previous(store)
+    if target in {"missing", "foreign"}:
+        checkpoint.write_bytes(good)
+        keyd("keys", "rotate-signing", store, "--retire")
+        assert not previous(store)
+        keyd("audit", "verify", store)
+
+
+def rename_previous(source, target):
+    for name in ("signing.key", "signing.previous.key"):
+        (target / name).write_bytes((source / name).read_bytes())
+        (target / name).chmod(0o600)
+
+
+def test_retiring_with_the_key_elsewhere(keyd, store, checkpoint, tmp_path):
+    rotated(keyd, store)
+    kept = (store / "kek.private").rename(tmp_path / "kek")
+    err = keyd("keys", "rotate-signing", store, "--retire", code=78)
+    assert "--kek FILE" in err
+    assert previous(store)
+    keyd("keys", "rotate-signing", store, "--retire", "--kek", kept)
+    assert not previous(store)
+    assert f"not behind {checkpoint}" in keyd("audit", "verify", store, "--kek", kept)
+
+
+def test_retiring_without_a_checkpoint_file_needs_no_key(keyd, store, tmp_path):
+    rotated(keyd, store)
+    (store / "kek.private").rename(tmp_path / "kek")
+    keyd("keys", "rotate-signing", store, "--retire")
+    assert not previous(store)
+
+
+def test_verify_says_how_to_go_on_with_a_store_that_is_only_behind(
+    keyd, store, tmp_path
+):
+    keyd("backup", store, tmp_path / "backup", "--with-keys")
+    decide(store, record())
+    file = tmp_path / "checkpoint"
+    keyd("audit", "checkpoint", store, file)
+    older = tmp_path / "older"
+    keyd("restore", tmp_path / "backup", older)
+    wanted = f"tdx-keyd audit accept-rollback {older} {file}"
+    assert wanted in hint_of("audit", "verify", older, "--checkpoint", file)
+    with (
+        contextlib.closing(sqlite3.connect(store / "store.sqlite3")) as attacker,
+        attacker,
+    ):
+        attacker.execute("DELETE FROM audit")
+    wanted = "tdx-keyd restore FILE"
+    assert wanted in hint_of("audit", "verify", store, "--checkpoint", file)
+
+
+def hint_of(*argv):
+    from tdxd.cli.tdx_keyd import run_command
+    from tdxd.errors import DataError
+
+    with pytest.raises(DataError) as caught:
+        run_command([str(one) for one in argv])
+    return caught.value.hint
+
+
 async def test_older_backup_is_refused_until_the_owner_accepts_it(keyd, tmp_path):
     """Backup, more releases, the disk dies, the backup comes back: nothing of it by accident."""
     with opened_owner(tmp_path) as owner:

@@ -112,6 +112,25 @@ def test_fetch_then_status(keyd, make_store, platform, pccs):
     ]
 
 
+def test_key_encryption_key_elsewhere(keyd, make_store, platform, tmp_path):
+    """Every verb takes it, and says so where it is missing."""
+    store, other = make_store(), make_store("other")
+    kept = (store / "kek.private").rename(tmp_path / "kek")
+    there = (other / "kek.private").rename(tmp_path / "other.kek")
+    fetch = ("fetch", store, "--fmspc", platform.fmspc, "--root", "simulated-root.der")
+    for argv, kek in (
+        (fetch, kept),
+        (("status", store), kept),
+        (("export", store, tmp_path / "sets"), kept),
+        (("import", other, tmp_path / "sets"), there),
+    ):
+        assert "--kek FILE" in keyd("collateral", *argv, code=78)
+        assert (
+            platform.fmspc in keyd("collateral", *argv, "--kek", kek)
+            or argv[0] == "export"
+        )
+
+
 def test_several_processes_at_once(keyd, make_store, platform):
     """They write one file and one set of floors; none fails, none tears the other's work."""
     store = make_store()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import os
 import subprocess
 import sys
@@ -11,10 +12,14 @@ from pathlib import Path
 import pytest
 
 from tdxd.core.config_trust import ConfigTrust, config_digest
-from tdxd.errors import ConfigError
+from tdxd.core.td_report import encode_td_report
+from tdxd.errors import ConfigError, EvidenceUnavailableError
 from tdxd.guest import config_files
 from tdxd.guest.config_files import digest_of, load_config, require_trust
+from tdxd.host import machine, tdx_guest
+from tdxd.host.attempts import TransientError
 from tdxd.host.measured_root import lie_on_measured_root
+from tests.boot_log import report_of
 
 ROOT = Path(__file__).parents[2]
 KEY = "ed25519:" + "A" * 43 + "="
@@ -91,7 +96,48 @@ def test_whatever_the_host_changes_makes_it_unmeasured(files: Files, what: str) 
         case _:
             changed: Path = getattr(files, what)
             changed.write_bytes(changed.read_bytes() + b"\n")
+    assert files.trust() is ConfigTrust.CONTRADICTED
+
+
+def test_another_configuration_than_mrconfigids_cannot_accept_itself(
+    files: Files,
+) -> None:
+    """The quote shows the MRCONFIGID that the policy pins, whatever the host puts on the disk."""
+    files.measure()
+    files.write("[security]\naccept_unmeasured = true\n")
+    with pytest.raises(ConfigError, match="MRCONFIGID is that of another") as caught:
+        require_trust(load_config(str(files.path)))
+    assert "accept_unmeasured does not help" in caught.value.hint
+
+
+def test_in_a_td_a_configuration_cannot_say_where_mrconfigid_is(
+    files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a file of the host's, with the digest of the host's configuration, would prove it."""
+    files.measure()
+    monkeypatch.setattr(machine, "is_tdx_guest", lambda: True)
     assert files.trust() is ConfigTrust.UNMEASURED
+
+
+@pytest.mark.parametrize(("busy", "wanted"), [(1, "CONFIG_ID"), (9, "UNMEASURED")])
+def test_a_module_that_is_busy_is_asked_again(
+    files: Files, monkeypatch: pytest.MonkeyPatch, busy: int, wanted: str
+) -> None:
+    """An exit for an unmeasured configuration is for good: no moment may decide it."""
+    report = report_of()
+    digest = digest_of(str(files.path))
+    left = [EvidenceUnavailableError("TD report: busy")] * busy
+
+    def read(_device: str, report_data: bytes) -> bytes:
+        assert report_data == bytes(64)
+        if left:
+            raise TransientError(left.pop())
+        mine = dataclasses.replace(report, mr_config_id=digest, report_data=report_data)
+        return encode_td_report(mine, mac=bytes(32))
+
+    monkeypatch.setattr(tdx_guest, "read_td_report", read)
+    monkeypatch.setattr(tdx_guest, "PAUSE_S", 0.0)
+    assert files.trust() is ConfigTrust[wanted]
 
 
 def test_a_td_without_a_config_id(files: Files) -> None:
@@ -99,10 +145,15 @@ def test_a_td_without_a_config_id(files: Files) -> None:
     assert files.trust() is ConfigTrust.UNMEASURED
 
 
-def test_a_ca_that_is_missing_is_unmeasured_and_said_later(files: Files) -> None:
-    files.measure()
+def test_a_ca_that_is_missing_is_said_at_once_if_it_should_be_measured(
+    files: Files,
+) -> None:
     files.ca.unlink()
     assert files.trust() is ConfigTrust.UNMEASURED
+    (files.measurements / "mrconfigid").write_bytes(b"\1" * 48)
+    with pytest.raises(ConfigError, match=r"ca\.pem: cannot be read") as caught:
+        load_config(str(files.path))
+    assert "MRCONFIGID" in caught.value.hint
     with pytest.raises(ConfigError, match=r"ca\.pem: cannot be read") as caught:
         digest_of(str(files.path))
     assert "--ca" in caught.value.hint

@@ -40,6 +40,8 @@ class FakeChild:
     name: str
     journal: list[str]
     pid: int = 1
+    stop_s: float | None = None
+    """How long it was given to end."""
 
     async def wait(self) -> int:
         await trio.sleep_forever()
@@ -47,6 +49,7 @@ class FakeChild:
 
     async def stop(self, timeout_s: float, *, signal: int = 15) -> int:
         await trio.lowlevel.checkpoint()
+        self.stop_s = timeout_s
         self.journal.append(f"stop {self.name}")
         return 0
 
@@ -166,9 +169,33 @@ async def test_a_front_with_the_certificate_of_a_revoked_volume_ends() -> None:
         serving = Serving(nursery)
         serving.revoke()
         serving.served, serving.revoked = (GONE,), frozenset({("stays", 1)})
+        front = cast("Front", serving.one.front).child
         nursery.start_soon(serving.one.run)
         await serving.until_gone("a")
         assert serving.journal == ["stop front", "stop server a"]
+        # Nor does it drain first: its volume stays open as long.
+        assert cast("FakeChild", front).stop_s == 3.0
+        nursery.cancel_scope.cancel()
+
+
+async def test_the_watchdog_is_fed_while_the_front_drains() -> None:
+    """As long as the configuration lets it."""
+    async with trio.open_nursery() as nursery:
+        serving = Serving(nursery)
+        ahead_s: list[float] = []
+
+        class Draining(FakeChild):
+            async def stop(self, timeout_s: float, *, signal: int = 15) -> int:
+                ahead_s.append(serving.one.beat_s - trio.current_time())
+                return await super().stop(timeout_s, signal=signal)
+
+        draining = Draining("front", serving.journal)
+        cast("Front", serving.one.front).child = draining
+        serving.served = ()
+        nursery.start_soon(serving.one.run)
+        await serving.until_gone("a")
+        assert draining.stop_s == SERVING.drain_timeout_s + 3
+        assert ahead_s[0] > SERVING.drain_timeout_s - 5
         nursery.cancel_scope.cancel()
 
 

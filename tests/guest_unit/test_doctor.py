@@ -212,6 +212,15 @@ CASES: list[tuple[str, dict[str, Any], str, str]] = [
     (
         "trust",
         {
+            "trust": ConfigTrust.CONTRADICTED,
+            "security": SecurityConfig(accept_unmeasured=True),
+        },
+        "fail",
+        "of another configuration",
+    ),
+    (
+        "trust",
+        {
             "trust": ConfigTrust.UNMEASURED,
             "security": SecurityConfig(accept_unmeasured=True),
         },

@@ -16,10 +16,12 @@ from tdxd.errors import DataError
 from tdxd.owner.audit.record import (
     GENESIS,
     AuditRecord,
+    bounded,
     chain_hash,
     encode_record,
     parse_record,
 )
+from tests.keyserver import opened_owner, policy_text
 from tests.owner.test_store import record
 
 VECTOR = AuditRecord(
@@ -137,3 +139,51 @@ def test_vector_of_the_protocol():
     assert plain(parse_record(data, source="it")) == plain(
         dataclasses.replace(VECTOR, seq=1)
     )
+
+
+@given(st.integers(0, 2000), st.integers(0, 2000))
+def test_long_texts_of_checks_are_cut_in_the_middle(before, after):
+    expected, actual = "e" * before, "s" + "a" * after + "z"
+    check = Check(name="c", expected=expected, actual=actual, ok=False)
+    (kept,) = bounded([check])
+    assert (kept.name, kept.ok) == ("c", False)
+    for cut, whole in ((kept.expected, expected), (kept.actual, actual)):
+        assert len(cut) <= 512
+        if len(whole) <= 512:
+            assert cut == whole
+        else:
+            assert cut[:200] == whole[:200]
+            assert cut[-200:] == whole[-200:]
+            assert "characters …" in cut
+    assert bounded([kept]) == (kept,)
+
+
+async def test_worst_record_of_a_denial(tmp_path):
+    """Alternatives of the policy and texts of the guest fill every check that shows them."""
+    with opened_owner(tmp_path) as owner:
+        many = ", ".join(f'"{index:096x}"' for index in range(500))
+        registers = ", ".join(f'rtmr{index} = "{"ab" * 48}"' for index in range(4))
+        sets = ", ".join(
+            f'{{ name = "{index:064}", {registers} }}' for index in range(60)
+        )
+        advisories = ", ".join(f'"INTEL-SA-{index:05}"' for index in range(500))
+        volumes = ", ".join(f'"{index:063}"' for index in range(500))
+        xfam = ", ".join(f'"{index:016x}"' for index in range(500))
+        text = policy_text(
+            owner.platform,
+            mrtd=f"[{many}]",
+            mr_seam=f"[{many}]",
+            rtmr=f"[{sets}]",
+            xfam=f"[{xfam}]",
+            advisories_refused=f"[{advisories}]",
+            release=f"[runtime]\nvolumes = [{volumes}]\n",
+        )
+        owner.add("v")
+        with owner.store.transaction() as change:
+            change.set_policy("v", text, 9)
+        await owner.fetch("v")
+        made = owner.last()
+        assert made.reason == "measurements", owner.failed()
+        longest = {len(t) for one in made.checks for t in (one.expected, one.actual)}
+        assert 490 < max(longest) <= 512
+        assert len(encode_record(made, 1)) < 12 * 1024

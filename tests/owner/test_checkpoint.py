@@ -49,7 +49,7 @@ def exports(store, tmp_path, **config):
         store,
         tmp_path,
         AuditConfig(**config),
-        signing=SIGNING,
+        keys=lambda: (SIGNING,),
         deployment=DEPLOYMENT,
     )
 
@@ -319,14 +319,13 @@ def test_file_of_the_previous_signing_key_is_replaced(store, tmp_path):
             store,
             tmp_path,
             config,
-            signing=following,
+            keys=lambda: (following, *known),
             deployment=DEPLOYMENT,
-            known_keys=known,
         )
 
     with pytest.raises(UnavailableError, match="unknown key"):
         turned().export(6)
-    turned(PUBLIC).export(7)
+    turned(SIGNING).export(7)
     mine = following.public_key().public_bytes_raw()
     assert read_checkpoint(path.read_bytes(), (mine,), source="it").seq == 1
 
@@ -343,7 +342,9 @@ def test_exporter_exports_while_it_runs_and_at_its_end(store, tmp_path):
     config = AuditConfig(
         checkpoint_file=str(path), checkpoint_records=3, checkpoint_s=1e6
     )
-    made = Exports(store, tmp_path, config, signing=SIGNING, deployment=DEPLOYMENT)
+    made = Exports(
+        store, tmp_path, config, keys=lambda: (SIGNING,), deployment=DEPLOYMENT
+    )
     with CheckpointExporter(made, config, time.time):
         wait_for(path.exists)  # the state of a new store is told at once
         assert read(path).seq == 0
@@ -361,7 +362,9 @@ def test_exporter_exports_after_some_time(store, tmp_path):
     config = AuditConfig(
         checkpoint_file=str(path), checkpoint_records=1000, checkpoint_s=60
     )
-    made = Exports(store, tmp_path, config, signing=SIGNING, deployment=DEPLOYMENT)
+    made = Exports(
+        store, tmp_path, config, keys=lambda: (SIGNING,), deployment=DEPLOYMENT
+    )
     with CheckpointExporter(made, config, lambda: now_s[0]):
         wait_for(path.exists)
         decide(store)
@@ -374,7 +377,9 @@ def test_exporter_that_fails_says_so_and_goes_on(store, tmp_path, capfd):
     directory = tmp_path / "mount"
     path = directory / "file"
     config = AuditConfig(checkpoint_file=str(path), checkpoint_records=1)
-    made = Exports(store, tmp_path, config, signing=SIGNING, deployment=DEPLOYMENT)
+    made = Exports(
+        store, tmp_path, config, keys=lambda: (SIGNING,), deployment=DEPLOYMENT
+    )
     with CheckpointExporter(made, config, time.time) as exporter:
         wait_for(lambda: exporter.trouble)
         assert "No such file" in exporter.trouble
@@ -386,7 +391,9 @@ def test_exporter_that_fails_says_so_and_goes_on(store, tmp_path, capfd):
 
 def test_no_target_is_said(store, tmp_path, capfd):
     config = AuditConfig()
-    made = Exports(store, tmp_path, config, signing=SIGNING, deployment=DEPLOYMENT)
+    made = Exports(
+        store, tmp_path, config, keys=lambda: (SIGNING,), deployment=DEPLOYMENT
+    )
     with CheckpointExporter(made, config, time.time):
         pass
     assert "checkpoint.not_configured" in "".join(capfd.readouterr())
@@ -414,6 +421,8 @@ def test_two_processes_export_by_turns(store, tmp_path):
         ({"checkpoint_file": "here"}, "checkpoint_file 'here' is not an absolute path"),
         ({"checkpoint_url": "ftp://x"}, "checkpoint_url 'ftp://x' is not an http"),
         ({"on_denial_url": "nowhere"}, "on_denial_url 'nowhere' is not an http"),
+        ({"on_denial_url": "http://[::1"}, "is not an http"),
+        ({"checkpoint_url": "http://h:99999/"}, "is not an http"),
         ({"on_denial_command": ("mail",)}, "'mail' is not an absolute path"),
         ({"checkpoint_command": ("tee", "x")}, "'tee' is not an absolute path"),
         ({"checkpoint_records": 0}, "checkpoint_records must be greater than 0"),

@@ -6,7 +6,7 @@ import pytest
 
 from tdxd.core.secret import Secret
 from tdxd.errors import ConfigError, DataError, HostError
-from tdxd.owner.store.kek import create_kek, read_kek, unwrap, wrap
+from tdxd.owner.store.kek import create_kek, read_kek, read_public, unwrap, wrap
 from tests.keyserver import make_bundle
 
 
@@ -18,19 +18,20 @@ def directory(tmp_path):
 
 def test_wrap_and_unwrap(directory):
     bundle = make_bundle("v", 3)
-    got = unwrap(read_kek(directory), wrap(directory, bundle), "v", 3)
+    got = unwrap(read_kek(directory), wrap(read_public(directory), bundle), "v", 3)
     assert got.manifest == bundle.manifest
     assert got.secret.matches(bundle.secret)
 
 
-def test_adding_needs_the_public_half_only(directory):
-    (directory / "kek.private").unlink()
-    assert wrap(directory, make_bundle("v"))
+def test_private_half_elsewhere_vouches_for_the_public_one(directory, tmp_path):
+    kek = tmp_path / "elsewhere"
+    (directory / "kek.private").rename(kek)
+    assert read_public(directory, kek) == (directory / "kek.public").read_bytes()
 
 
 @pytest.mark.parametrize(("volume_id", "generation"), [("w", 3), ("v", 4)])
 def test_wrapped_for_another_volume_or_generation(directory, volume_id, generation):
-    wrapped = wrap(directory, make_bundle("v", 3))
+    wrapped = wrap(read_public(directory), make_bundle("v", 3))
     with pytest.raises(DataError, match="does not open with this key"):
         unwrap(read_kek(directory), wrapped, volume_id, generation)
 
@@ -40,7 +41,7 @@ def test_wrapped_under_another_key(directory, tmp_path):
     other.mkdir()
     create_kek(other, Secret(bytes(96)))
     with pytest.raises(DataError):
-        unwrap(read_kek(other), wrap(directory, make_bundle("v")), "v", 1)
+        unwrap(read_kek(other), wrap(read_public(directory), make_bundle("v")), "v", 1)
 
 
 def test_private_half_that_others_may_read(directory):
@@ -68,11 +69,21 @@ def test_missing_key(tmp_path):
     with pytest.raises(ConfigError, match=r"kek\.private is missing") as caught:
         read_kek(tmp_path)
     assert "--kek FILE" in caught.value.hint
+
+
+@pytest.mark.parametrize("data", [bytes(1216), b"", b"\x05" * 1216])
+def test_public_half_that_is_not_the_owners(directory, data):
+    (directory / "kek.public").write_bytes(data)
+    with pytest.raises(ConfigError, match=r"kek\.public is not the public half of"):
+        read_public(directory)
+
+
+def test_public_half_missing(directory):
+    (directory / "kek.public").unlink()
     with pytest.raises(HostError, match=r"kek\.public: No such file"):
-        wrap(tmp_path, make_bundle("v"))
+        read_public(directory)
 
 
-def test_public_half_that_is_no_key(directory):
-    (directory / "kek.public").write_bytes(bytes(1216))
+def test_public_half_that_is_no_key():
     with pytest.raises(ConfigError, match="X25519"):
-        wrap(directory, make_bundle("v"))
+        wrap(bytes(1216), make_bundle("v"))

@@ -38,8 +38,7 @@ def saved(directory, to):
 def checkpoint(directory, path):
     with Store.open(directory) as store:
         exports = make_exports(directory, read_config(directory), store)
-        _, made, data = exports.current(5)
-        exports.write(path, made, data)
+        exports.write_current(path, 5)
     return load_checkpoint(path, public_keys(directory))
 
 

@@ -29,6 +29,23 @@ def roles(directory):
     return {key.role: key.key_id for key in read_signing_keys(directory)}
 
 
+@pytest.mark.parametrize("step", ["fsync", "rename"])
+def test_publishing_that_is_cut_short_leaves_no_half_key(directory, monkeypatch, step):
+    """A key file that is no key, or is root's, would keep the server from starting."""
+    with monkeypatch.context() as patch:
+
+        def killed(*_arguments):
+            raise KeyboardInterrupt
+
+        patch.setattr(os, step, killed)
+        with pytest.raises(KeyboardInterrupt):
+            publish_next(directory, os.urandom)
+    assert list(roles(directory)) == ["current"]
+    publish_next(directory, os.urandom)
+    assert list(roles(directory)) == ["current", "next"]
+    assert not list(directory.glob("*.new")), "nothing is left behind"
+
+
 def test_whole_rotation(directory):
     first = read_signing_keys(directory)[0]
     published = publish_next(directory, os.urandom)

@@ -65,6 +65,34 @@ def test_knows_every_generation_that_was_ever_added(owner, volumes):
     assert not volumes.state("v").finding.known  # nothing is released all the same
 
 
+def test_unknown_volumes_of_a_log_cost_one_reading(owner, volumes, monkeypatch):
+    """A runtime log may name thousands of them."""
+    digest = owner.add("v").manifest.digest()
+    read = []
+    real = owner.store.sealed_reading
+
+    def counted():
+        read.append(1)
+        return real()
+
+    monkeypatch.setattr(owner.store, "sealed_reading", counted)
+    assert not any(volumes.knows(f"x{index}", 1, digest) for index in range(1000))
+    assert len(read) == 1
+    assert volumes.knows("v", 1, digest)
+
+
+def test_volume_that_is_added_later_is_known(owner, volumes):
+    owner.add("v")
+    owner.add("old")
+    volumes.state("v")
+    assert not volumes.knows("w", 1, bytes(32))
+    digest = owner.add("w").manifest.digest()
+    newer = owner.add("v", 2).manifest.digest()
+    assert volumes.state("old").revision == owner.store.seal().revision
+    assert volumes.knows("w", 1, digest)  # what is kept is of one revision
+    assert volumes.knows("v", 2, newer)
+
+
 def test_rows_that_are_not_as_sealed_give_no_policy_and_no_bundle(owner, volumes):
     owner.add("v")
     owner.add("w")

@@ -261,6 +261,56 @@ def test_signals_reload_and_end():
         os.waitpid(-1, os.WNOHANG)
 
 
+def test_reload_asked_for_while_one_is_under_way_is_made_afterwards():
+    """Its files may have changed after the first one's workers had read them."""
+    counted: list[int] = []
+
+    def count():
+        counted.append(len(counted))
+        if len(counted) == 2:  # the first reload has begun
+            os.kill(os.getpid(), signal.SIGHUP)
+        return 1
+
+    class Next(list[int]):
+        def append(self, workers):
+            super().append(workers)
+            number = {1: signal.SIGHUP, 3: signal.SIGTERM}.get(len(self))
+            if number:
+                os.kill(os.getpid(), number)
+
+    ready = Next()
+    made = supervisor(LISTENS, ready, [])
+    made._count = count
+    guard = threading.Timer(20.0, os.kill, (os.getpid(), signal.SIGTERM))
+    guard.start()
+    made.run()
+    guard.cancel()
+    assert ready == [1, 1, 1]
+
+
+def test_worker_that_ends_while_another_starts_comes_back(tmp_path):
+    """Its SIGCHLD comes when nobody looks for one."""
+    first = tmp_path / "first"
+    script = (
+        "import os, sys, time\n"
+        "try:\n"
+        f"    os.close(os.open({str(first)!r}, os.O_CREAT | os.O_EXCL))\n"
+        '    print(\'{"ready": "x"}\', flush=True)\n'
+        "    sys.exit(1)\n"
+        "except FileExistsError:\n"
+        "    pass\n"
+        f"open({str(first)!r} + str(os.getpid()), 'w').close()\n"
+        "time.sleep(1)\n"
+        'print(\'{"ready": "x"}\', flush=True)\n'
+        "sys.stdin.read()\n"
+    )
+    stop = threading.Timer(6.0, os.kill, (os.getpid(), signal.SIGTERM))
+    stop.start()
+    supervisor(script, [], []).run()
+    stop.cancel()
+    assert len(list(tmp_path.glob("first?*"))) == 2
+
+
 @pytest.mark.parametrize(
     ("script", "kind", "said"),
     [

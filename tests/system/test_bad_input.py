@@ -262,7 +262,8 @@ def test_quote_under_another_root_is_denied(world: World) -> None:
 
 def test_platform_without_quotes(world: World) -> None:
     nowhere = world.directory / "nowhere"
-    platform = {"tsm": str(nowhere), "tdx_guest": str(nowhere)}
+    paths = {"tsm": str(nowhere), "tdx_guest": str(nowhere)}
+    platform = {**paths, "extend": "never"}
     with world.key_server():
         fails(
             world, "backoff", "evidence-unavailable", 75, "nowhere", platform=platform

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import datetime as dt
 from collections.abc import Mapping, Sequence
 from typing import Any, Self, cast
 
@@ -22,6 +21,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import (
 
 from tdxd.core.decode import decode, decode_canonical, encode_canonical, plain
 from tdxd.core.keyrelease import encode_lp
+from tdxd.core.showing import when
 from tdxd.errors import DataError
 from tdxd.owner.store.seal import Seal
 from tdxd.owner.store.state import State
@@ -86,8 +86,7 @@ class Checkpoint:
     @property
     def made_at(self) -> str:
         """The time in ISO 8601, UTC."""
-        made = dt.datetime.fromtimestamp(self.made_at_s, dt.UTC)
-        return made.strftime("%Y-%m-%dT%H:%M:%SZ")
+        return when(self.made_at_s)
 
     def sign(self, key: Ed25519PrivateKey) -> bytes:
         """Return the signed bytes: what is exported."""

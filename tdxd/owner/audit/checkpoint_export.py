@@ -47,16 +47,18 @@ class Exports:
         directory: Path,
         config: AuditConfig,
         *,
-        signing: Ed25519PrivateKey,
+        keys: Callable[[], Sequence[Ed25519PrivateKey]],
         deployment: bytes,
-        known_keys: Sequence[bytes] = (),
     ) -> None:
-        """`known_keys` are raw public keys that may have signed the file that is there."""
-        self._keys = (signing.public_key().public_bytes_raw(), *known_keys)
+        """`keys` returns the signing keys of the moment, first the one that signs.
+
+        They are asked for each time: another process may rotate them, and what a retired key
+        signed would keep the store from serving. The others may have signed the file that is there.
+        """
+        self._keys = keys
         self._store = store
         self._directory = directory
         self._config = config
-        self._signing = signing
         self._deployment = deployment
 
     def current(self, now_s: int) -> tuple[Seal, Checkpoint, bytes]:
@@ -66,7 +68,7 @@ class Exports:
         """
         seal, state = self._store.sealed()
         made = Checkpoint.of(seal, state, deployment=self._deployment, now_s=now_s)
-        return seal, made, made.sign(self._signing)
+        return seal, made, made.sign(self._keys()[0])
 
     def pending(self) -> tuple[Seal, int]:
         """Return the seal and how many audit records no checkpoint covers.
@@ -103,7 +105,7 @@ class Exports:
         config = self._config
         if config.checkpoint_file is not None:
             path = Path(config.checkpoint_file)
-            yield _tried(lambda: self.write(path, made, data))
+            yield _tried(lambda: self._write(path, made, data))
         if config.checkpoint_command:
             argv = config.checkpoint_command
             yield _tried(lambda: run_command(argv, data, config.hook_timeout_s))
@@ -111,15 +113,26 @@ class Exports:
         if url is not None:
             yield _tried(lambda: post(url, data, _TYPE, config.hook_timeout_s))
 
-    def write(self, path: Path, made: Checkpoint, data: bytes) -> None:
-        """Replace a checkpoint file by a newer one, atomically.
+    def write_current(
+        self, path: Path, now_s: int, *, then: Callable[[], None] = lambda: None
+    ) -> Seal:
+        """Write the checkpoint of this moment to a file, and do something before another export.
 
         Raises: UnavailableError if the file holds a newer one, DataError if it is none of this
-        store's, HostError.
+        store's, StoreIntegrityError, ConfigError, BusyError, HostError.
         """
+        with _locked(self._directory):
+            seal, made, data = self.current(now_s)
+            self._write(path, made, data)
+            then()
+        return seal
+
+    def _write(self, path: Path, made: Checkpoint, data: bytes) -> None:
+        """Replace a checkpoint file by a newer one, atomically."""
         if os.path.lexists(path):
             found = read_bytes(path, max_bytes=CHECKPOINT_MAX_BYTES)
-            held = read_checkpoint(found, self._keys, source=str(path))
+            keys = [key.public_key().public_bytes_raw() for key in self._keys()]
+            held = read_checkpoint(found, keys, source=str(path))
             if (made.seq, made.revision) < (held.seq, held.revision):
                 raise UnavailableError(
                     f"{path} holds the checkpoint of audit record {held.seq}, revision "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import urllib.parse
 
 __all__ = ["AuditConfig"]
 
@@ -34,7 +35,7 @@ class AuditConfig:
     def __post_init__(self) -> None:
         for name in ("checkpoint_url", "on_denial_url"):
             url = getattr(self, name)
-            if url is not None and not re.fullmatch(r"https?://[^\s/]+(/\S*)?", url):
+            if url is not None and not _is_url(url):
                 raise ValueError(f"{name} {url!r} is not an http or https address")
         for name in ("checkpoint_command", "on_denial_command"):
             argv = getattr(self, name)
@@ -59,3 +60,12 @@ class AuditConfig:
     def hooks(self) -> bool:
         """Whether anybody hears of denials."""
         return bool(self.on_denial_command or self.on_denial_url)
+
+
+def _is_url(text: str) -> bool:
+    try:
+        parts = urllib.parse.urlsplit(text)
+        host, _port = parts.hostname, parts.port
+    except ValueError:  # brackets without an address, a port that is no number
+        return False
+    return bool(host) and bool(re.fullmatch(r"https?://[!-.0-~]+(/[!-~]*)?", text))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import structlog
 
-from tdxd.errors import ConfigError, DataError, HostError
+from tdxd.errors import ConfigError, DataError, HostError, TdxdError
 from tdxd.owner.audit.checkpoint import (
     CHECKPOINT_MAX_BYTES,
     Checkpoint,
@@ -22,17 +22,19 @@ from tdxd.owner.audit.hooks import DenialHooks
 from tdxd.owner.audit.verify import verify
 from tdxd.owner.files import read_bytes
 from tdxd.owner.server.config import KeydConfig, read_config
-from tdxd.owner.server.signing_keys import read_signing_keys
+from tdxd.owner.server.signing_keys import read_signing_keys, retire_previous
 from tdxd.owner.store.seal import StoreIntegrityError
 from tdxd.owner.store.store import Store
 
 __all__ = [
+    "behind_hint",
     "check_for_serving",
     "export_after_change",
     "load_checkpoint",
     "make_exports",
     "opened_audit",
     "public_keys",
+    "retire_signing_key",
 ]
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger()
@@ -70,9 +72,8 @@ def make_exports(directory: Path, config: KeydConfig, store: Store) -> Exports:
         store,
         directory,
         config.audit,
-        signing=read_signing_keys(directory)[0].private,
+        keys=lambda: [key.private for key in read_signing_keys(directory)],
         deployment=bytes.fromhex(config.deployment),
-        known_keys=public_keys(directory),
     )
 
 
@@ -115,13 +116,20 @@ def check_for_serving(directory: Path, config: KeydConfig, store: Store) -> None
     if found.troubles == found.behind:
         raise StoreIntegrityError(
             f"{directory} is behind its newest checkpoint: {text}",
-            hint="put the newest backup back; or give up what is lost: tdx-keyd audit "
-            f"accept-rollback {directory} {config.audit.checkpoint_file}",
+            hint=behind_hint(directory, config.audit.checkpoint_file),
         )
     raise StoreIntegrityError(
         f"{directory}: {text}",
         hint=f"everything that is wrong: tdx-keyd audit verify {directory}; a backup made "
         "before it can be restored",
+    )
+
+
+def behind_hint(directory: Path, checkpoint: Path | str | None) -> str:
+    """Say how to go on with a store that is whole and older than a checkpoint."""
+    return (
+        "put the newest backup back; or give up what is lost: tdx-keyd audit "
+        f"accept-rollback {directory} {checkpoint}"
     )
 
 
@@ -170,3 +178,30 @@ def export_after_change(directory: Path, kek_file: Path | None, now_s: int) -> N
     if config.audit.exports:
         with Store.open(directory, kek_file) as store:
             make_exports(directory, config, store).export(now_s)
+
+
+def retire_signing_key(directory: Path, kek_file: Path | None, now_s: int) -> None:
+    """Destroy the previous signing key; the checkpoint file is signed by the current one first.
+
+    A file that is signed by no key of the store keeps it from serving.
+
+    Raises: DataError if there is no previous key; ConfigError if the checkpoint cannot be signed
+    anew, or the store could not serve with it: then the key is kept; HostError.
+    """
+    config = read_config(directory)
+    roles = {key.role for key in read_signing_keys(directory)}
+    if config.audit.checkpoint_file is None or "previous" not in roles:
+        retire_previous(directory)
+        return
+    path = Path(config.audit.checkpoint_file)
+    try:
+        with Store.open(directory, kek_file) as store:
+            check_for_serving(directory, config, store)
+            exports = make_exports(directory, config, store)
+            exports.write_current(path, now_s, then=lambda: retire_previous(directory))
+    except TdxdError as exc:
+        raise ConfigError(
+            f"the previous signing key is kept: {exc.message}",
+            hint=exc.hint
+            or f"mend that: the current key must sign {path} first, or the store does not serve",
+        ) from exc

@@ -91,9 +91,8 @@ class DenialHooks:
                 _log.warning("hook.dropped", count=dropped)
             try:
                 self._deliver(denial_json(record))
-            except Exception as exc:  # noqa: BLE001  # the thread lives on for the next denial
-                text = exc.message if isinstance(exc, TdxdError) else repr(exc)
-                _log.error("hook.failed", denial=record.denial_id, error=text)
+            except TdxdError as exc:
+                _log.error("hook.failed", denial=record.denial_id, error=exc.message)
 
     def _deliver(self, data: bytes) -> None:
         config = self._config

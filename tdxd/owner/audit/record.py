@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Sequence
 
 import msgpack
 
@@ -26,6 +27,7 @@ __all__ = [
     "GENESIS",
     "HASH_BYTES",
     "AuditRecord",
+    "bounded",
     "chain_hash",
     "encode_record",
     "parse_record",
@@ -35,6 +37,9 @@ HASH_BYTES = 32
 GENESIS = bytes(HASH_BYTES)
 _PREFIX = encode_lp(b"tdxd/audit/v1")
 _RECORD_MAX_BYTES = 1024 * 1024
+_TEXT_MAX_CHARS = 512
+_TEXT_KEPT_CHARS = 240
+"""At each end of a text that is longer; what says so fits between."""
 _SAME = 3
 _DIFFERENT = 4
 
@@ -67,6 +72,30 @@ class AuditRecord:
     runtime_log_sha384: str = ""
     nonce_sha256: str = ""
     lease_s: int = 0
+
+
+def bounded(checks: Sequence[Check]) -> tuple[Check, ...]:
+    """Return checks as they are recorded: a longer text than 512 characters is cut in its middle.
+
+    A stranger's log and a long policy decide how long these texts are, and each of up to 64 records
+    of one request carries them.
+    """
+    return tuple(
+        dataclasses.replace(
+            one, expected=_bounded(one.expected), actual=_bounded(one.actual)
+        )
+        if len(one.expected) > _TEXT_MAX_CHARS or len(one.actual) > _TEXT_MAX_CHARS
+        else one
+        for one in checks
+    )
+
+
+def _bounded(text: str) -> str:
+    if len(text) <= _TEXT_MAX_CHARS:
+        return text
+    left_out = len(text) - 2 * _TEXT_KEPT_CHARS
+    start, end = text[:_TEXT_KEPT_CHARS], text[-_TEXT_KEPT_CHARS:]
+    return f"{start}… {left_out} characters …{end}"
 
 
 def encode_record(record: AuditRecord, seq: int) -> bytes:

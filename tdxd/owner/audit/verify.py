@@ -131,10 +131,14 @@ class _Chain:
                 "record before it"
             )
         if self._thorough or gap or _ROLLBACK_BYTES in data:
-            return self._record(parse_record(data, source=what), seq, denial_id)
+            return self._record(data, seq, denial_id)
         return ""
 
-    def _record(self, record: AuditRecord, seq: int, denial_id: object) -> str:
+    def _record(self, data: bytes, seq: int, denial_id: object) -> str:
+        try:
+            record = parse_record(data, source=f"audit record {seq}")
+        except DataError as exc:
+            return exc.message
         if record.seq != seq or record.denial_id != denial_id:
             return f"audit record {seq} stands under another number or denial id"
         if record.decision == ROLLBACK:

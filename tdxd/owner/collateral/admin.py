@@ -90,11 +90,11 @@ class _Rooted:
 
 
 @contextlib.contextmanager
-def _opened(directory: Path) -> Iterator[dict[str, _Rooted]]:
+def _opened(directory: Path, kek_file: Path | None) -> Iterator[dict[str, _Rooted]]:
     """Open a store; yield its roots by the hash of their keys."""
     config = read_config(directory)
     roots = trusted_roots(directory, config)
-    with Store.open(directory) as store:
+    with Store.open(directory, kek_file) as store:
         yield {
             root.key_sha384: _Rooted(
                 root=root,
@@ -107,12 +107,14 @@ def _opened(directory: Path) -> Iterator[dict[str, _Rooted]]:
         }
 
 
-def collateral_status(directory: Path, now_s: int) -> tuple[SetStatus, ...]:
+def collateral_status(
+    directory: Path, now_s: int, *, kek_file: Path | None = None
+) -> tuple[SetStatus, ...]:
     """Return every set and every problem that the store knows of.
 
     Raises: ConfigError, HostError, BusyError.
     """
-    with _opened(directory) as roots:
+    with _opened(directory, kek_file) as roots:
         return tuple(
             _status(rooted, fmspc, ca, now_s)
             for rooted in roots.values()
@@ -121,7 +123,13 @@ def collateral_status(directory: Path, now_s: int) -> tuple[SetStatus, ...]:
 
 
 def fetch_set(
-    directory: Path, fmspc: str, ca: str, root_key_sha384: str, now_s: int
+    directory: Path,
+    fmspc: str,
+    ca: str,
+    root_key_sha384: str,
+    now_s: int,
+    *,
+    kek_file: Path | None = None,
 ) -> SetStatus:
     """Fetch one set now, from the source of the root with this key.
 
@@ -135,7 +143,7 @@ def fetch_set(
             hint="fetch and export in another store, and import here",
         )
     find_root(trusted_roots(directory, config), root_key_sha384)
-    with _opened(directory) as roots:
+    with _opened(directory, kek_file) as roots:
         rooted = roots[root_key_sha384]
         one = CollateralSet(
             root=root_key_sha384,
@@ -151,12 +159,14 @@ def fetch_set(
         return _status(rooted, fmspc, ca, now_s)
 
 
-def export_bundle(directory: Path, file: Path, now_s: int) -> tuple[CollateralSet, ...]:
+def export_bundle(
+    directory: Path, file: Path, now_s: int, *, kek_file: Path | None = None
+) -> tuple[CollateralSet, ...]:
     """Write every set that may be used now into a new file.
 
     Raises: DataError if there is none; ConfigError, HostError, BusyError.
     """
-    with _opened(directory) as roots:
+    with _opened(directory, kek_file) as roots:
         sets = [
             one
             for rooted in roots.values()
@@ -170,7 +180,9 @@ def export_bundle(directory: Path, file: Path, now_s: int) -> tuple[CollateralSe
     return tuple(sets)
 
 
-def import_bundle(directory: Path, file: Path, now_s: int) -> tuple[Imported, ...]:
+def import_bundle(
+    directory: Path, file: Path, now_s: int, *, kek_file: Path | None = None
+) -> tuple[Imported, ...]:
     """Take in a bundle: every set of it must pass every check, or none is taken.
 
     Raises: DataError, naming the set and the check; ConfigError, HostError, BusyError.
@@ -179,7 +191,7 @@ def import_bundle(directory: Path, file: Path, now_s: int) -> tuple[Imported, ..
     roots = trusted_roots(directory, read_config(directory))
     for one in sets:
         find_root(roots, one.root)
-    with _opened(directory) as opened:
+    with _opened(directory, kek_file) as opened:
         for one in sets:
             _refuse_bad(opened[one.root].cache.check(one, now_s), one, file)
         return tuple(_take(opened[one.root], one, file, now_s) for one in sets)

@@ -96,10 +96,6 @@ class Prepared:
         """Whether every check passed."""
         return all(check.ok for check in self.checks)
 
-    def text(self) -> str:
-        """Return the set as JSON, as `prepare` reads it."""
-        return json.dumps(dict(self.fields))
-
 
 def prepare(collateral_json: str) -> Prepared:
     """Check the signers' roles, encode the chains anew, drop a PCK chain, read numbers and times.

@@ -19,6 +19,7 @@ from tdxd.core.check import Check
 from tdxd.core.secret import Secret
 from tdxd.errors import RemoteProtocolError
 from tdxd.owner.appraisal.judge import Judge, Judgement, judge_volume, reason_of
+from tdxd.owner.audit.record import bounded
 from tdxd.owner.server.signing_keys import SigningKey
 from tdxd.owner.server.token_keys import TokenKeys
 from tdxd.owner.store.store import AuditRecord, Store, Transaction
@@ -165,9 +166,16 @@ class Keyd:
             peer=peer,
             at_s=int(now_s),
         )
-        final, records = self._decided(evidence.volume_ids, judgement, asked)
+        ids = evidence.volume_ids
+        if reason_of(judgement.checks) in ("", "quote"):
+            final, records = self._decided(ids, judgement, asked)
+        else:  # no volume is looked at: one decision, and one record, for however many
+            checks = (*judgement.checks, _volumes_asked(ids))
+            judgement = dataclasses.replace(judgement, checks=checks)
+            (one,), records = self._decided(ids[:1], judgement, asked)
+            final = tuple(dataclasses.replace(one, volume_id=name) for name in ids)
         self._on_records(records)
-        for item in final:
+        for item in final[: len(records)]:
             _log_decision(item, judgement, peer)
         return final
 
@@ -208,6 +216,11 @@ class Keyd:
             reason=reason,
             denial_id=self._random_bytes(8).hex(),
         )
+
+
+def _volumes_asked(volume_ids: Sequence[str]) -> Check:
+    text = ", ".join(volume_ids)
+    return Check(name="volumes", expected="any", actual=text, ok=True)
 
 
 def _answer(
@@ -329,7 +342,7 @@ def _record(item: _Decision, judgement: Judgement, asked: _Asked) -> AuditRecord
         simulated=_simulated(judgement),
         policy_version=item.state.policy_version,
         report_data=quote.report_data.hex() if quote else "",
-        checks=item.checks,
+        checks=bounded(item.checks),
         request_sha384=asked.request_sha384,
         quote_sha256=digests.quote_sha256 if digests else "",
         event_log_sha384=digests.event_log_sha384 if digests else "",

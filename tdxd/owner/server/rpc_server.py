@@ -210,5 +210,5 @@ class RpcServer:
 
         self._receiving.pop(context, None)
         text = f"the request did not arrive within {self._limits.receive_s:g} s"
-        with contextlib.suppress(Exception):  # AbortError always, and what ends a call
+        with contextlib.suppress(grpc.aio.BaseError):  # AbortError, or it ended already
             await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, text)

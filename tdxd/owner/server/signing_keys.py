@@ -89,8 +89,15 @@ def publish_next(directory: Path, random_bytes: Callable[[int], bytes]) -> Signi
     """
     path = directory / _NEXT
     if not path.exists():
-        write_private(path, random_bytes(_KEY_BYTES))
-        _give(path)
+        # The server reads whatever has the name: it gets it whole, and the right owner's.
+        made = directory / f".{_NEXT}.new"
+        try:
+            made.unlink(missing_ok=True)
+            write_private(made, random_bytes(_KEY_BYTES))
+            _give(made)
+            os.rename(made, path)
+        except OSError as exc:
+            raise HostError.of("make", str(path), exc) from exc
     return _read(path, "next")
 
 

@@ -23,8 +23,7 @@ from tdxd.core.keyrelease import (
     token_key_id,
 )
 from tdxd.errors import DataError
-from tdxd.owner.files import read_bytes
-from tdxd.owner.store.kek import PUBLIC_NAME
+from tdxd.owner.store.kek import read_public
 from tdxd.owner.store.rows import TokenKeyRow
 from tdxd.owner.store.store import Store
 
@@ -71,7 +70,12 @@ def drop_before_s(made_at_s: Sequence[int], now_s: float) -> int:
 
 
 def rotate_token_key(
-    directory: Path, store: Store, now_s: int, random_bytes: Callable[[int], bytes]
+    directory: Path,
+    store: Store,
+    now_s: int,
+    random_bytes: Callable[[int], bytes],
+    *,
+    kek_file: Path | None = None,
 ) -> bytes:
     """Make a new key, and drop those that no token can name any more; return its id.
 
@@ -79,7 +83,7 @@ def rotate_token_key(
     """
     return _add(
         store,
-        read_bytes(directory / PUBLIC_NAME),
+        read_public(directory, kek_file),
         random_bytes(TOKEN_KEY_BYTES),
         now_s,
         [row.made_at_s for row in store.token_keys()],

@@ -126,6 +126,8 @@ class Supervisor:
         self._pause_s = 0.0
         self._again_s = 0.0
         self._wanted = 0
+        self._kept: set[int] = set()
+        """Signals that came while workers were starting, for the next step."""
 
     def run(self) -> None:
         """Run until SIGTERM or SIGINT; SIGHUP starts new workers, then ends the old ones.
@@ -145,7 +147,8 @@ class Supervisor:
 
     def _step(self, caught: socket.socket) -> bool:
         """Wait for something to happen and do what it takes; False when it is time to end."""
-        numbers = self._wait(caught, self._patience_s())
+        kept, self._kept = self._kept, set()
+        numbers = kept | self._wait(caught, 0.0 if kept else self._patience_s())
         if numbers & {signal.SIGTERM, signal.SIGINT}:
             return False
         if signal.SIGHUP in numbers:
@@ -204,7 +207,8 @@ class Supervisor:
                 if left_s <= 0:
                     text = f"workers did not start within {_START_S:g} s"
                     raise WorkerFailedError(text)
-                if self._wait(caught, left_s, made) & {signal.SIGTERM, signal.SIGINT}:
+                self._kept |= self._wait(caught, left_s, made)
+                if self._kept & {signal.SIGTERM, signal.SIGINT}:
                     raise _ToldToEndError
         except BaseException:
             self._end(made)

@@ -9,7 +9,7 @@ from tdxd.core.policy import parse_policy
 from tdxd.errors import DataError, TdxdError, UnavailableError
 from tdxd.owner.audit.guard import export_after_change
 from tdxd.owner.files import read_bytes, read_text
-from tdxd.owner.store.kek import wrap
+from tdxd.owner.store.kek import read_public, wrap
 from tdxd.owner.store.store import GenerationRow, Store
 
 __all__ = ["add_bundle", "known_volume", "remove_volume", "set_policy"]
@@ -36,7 +36,7 @@ def add_bundle(
         row = GenerationRow(
             volume_id=manifest.volume_id,
             generation=manifest.generation,
-            wrapped=wrap(directory, bundle),
+            wrapped=wrap(read_public(directory, kek_file), bundle),
             manifest_sha256=manifest.digest().hex(),
             added_at_s=now_s,
         )

@@ -190,10 +190,13 @@ def _unpack(archive: IO[bytes], source: str, directory: Path) -> None:
         with tarfile.open(fileobj=archive, mode="r:") as tar:
             for entry in tar:
                 name = entry.name
-                fits = name == DATABASE_NAME or entry.size <= _SMALL_MAX_BYTES
+                database = name == DATABASE_NAME
+                fits = database or entry.size <= _SMALL_MAX_BYTES
                 if (
                     not entry.isreg()
                     or not _NAME.fullmatch(name)
+                    # SQLite would play a journal back, and remove files that it names.
+                    or (name.startswith(DATABASE_NAME) and not database)
                     or name in seen
                     or not fits
                 ):

@@ -61,6 +61,7 @@ class Transaction:
         self._key = key
         self._seal: Seal | None = None
         self._state: State | None = None
+        self._written: Seal | None = None
 
     def seal(self) -> Seal:
         """Return the seal as this transaction leaves it."""
@@ -77,7 +78,12 @@ class Transaction:
     def finish(self) -> None:
         """Write the seal; `Store.transaction` calls this before it commits."""
         if self._seal is not None:
-            self._sealed.write(self._seal, self._state, self._key)
+            self._written = self._sealed.write(self._seal, self._state, self._key)
+
+    def committed(self) -> None:
+        """Remember what was written; `Store.transaction` calls this when it has committed."""
+        if self._written is not None:
+            self._sealed.committed(self._written)
 
     def make_seal(self) -> None:
         """Seal an empty store for the first time."""

@@ -25,6 +25,7 @@ __all__ = [
     "Kek",
     "create_kek",
     "read_kek",
+    "read_public",
     "read_store_key",
     "unwrap",
     "wrap",
@@ -88,13 +89,29 @@ def _read_seed(path: Path) -> Secret:
     return Secret(raw)
 
 
-def wrap(directory: Path, bundle: KeyBundle) -> bytes:
-    """Seal a bundle to the public half.
+def read_public(directory: Path, kek_file: Path | None = None) -> bytes:
+    """Return the public half, to seal secrets to: the private one vouches for it.
+
+    Who writes to the database may well be able to write the file, too.
 
     Raises: HostError, ConfigError.
     """
     path = directory / PUBLIC_NAME
-    key = hpke.parse_public_key(read_bytes(path), error=ConfigError)
+    public = read_kek(directory, kek_file).public
+    if read_bytes(path) != public:
+        raise ConfigError(
+            f"{path} is not the public half of {kek_file or directory / PRIVATE_NAME}",
+            hint="nothing was sealed to it; who put it there? a backup has the right one",
+        )
+    return public
+
+
+def wrap(public: bytes, bundle: KeyBundle) -> bytes:
+    """Seal a bundle to the public half.
+
+    Raises: ConfigError.
+    """
+    key = hpke.parse_public_key(public, error=ConfigError)
     manifest = bundle.manifest
     return hpke.seal(
         bundle.encode(), key, _info(manifest.volume_id, manifest.generation)

@@ -30,6 +30,7 @@ _SEAL = (
     "exported_revision, exported_seq, exported_at_s, mac FROM seal"
 )
 _WRITE_SEAL = "INSERT OR REPLACE INTO seal VALUES (1, ?, ?, ?, ?, ?, ?, ?, ?)"
+_HASH = "SELECT hash FROM audit WHERE seq = ?"
 _STATE = "SELECT id, body FROM state"
 _WRITE_STATE = "INSERT OR REPLACE INTO state VALUES (1, ?)"
 _RECOVER = (
@@ -94,9 +95,9 @@ class SealedState:
 
     def __init__(self, sqlite: sqlite3.Connection) -> None:
         self._sqlite = sqlite
-        self._seen = (0, 0)
+        self._seen = Seal()
         self._made: tuple[object, ...] = ()
-        """The row that `write` made last: it carries its MAC."""
+        """The row that was written last: it carries its MAC."""
 
     def read(self, key: StoreKey | None) -> Seal:
         """Read the seal as it stands in the database; without a key it proves nothing.
@@ -121,15 +122,33 @@ class SealedState:
         return seal
 
     def _never_back(self, seal: Seal) -> None:
-        now = (seal.revision, seal.seq)
-        for name, new, seen in zip(
-            ("revision", "audit record"), now, self._seen, strict=True
+        """Compare with the newest seal that this process has seen or written."""
+        seen = self._seen
+        for name, new, old in (
+            ("revision", seal.revision, seen.revision),
+            ("audit record", seal.seq, seen.seq),
         ):
-            if new < seen:
+            if new < old:
                 raise StoreIntegrityError(
-                    f"the store went back from {name} {seen} to {new} while this process used it"
+                    f"the store went back from {name} {old} to {new} while this process used it"
                 )
-        self._seen = now
+        if not self._passed(seal):
+            raise StoreIntegrityError(
+                f"audit record {seen.seq} is not the one that this process has seen"
+            )
+        if seal.revision == seen.revision and seal.state_sha256 != seen.state_sha256:
+            raise StoreIntegrityError(
+                f"revision {seen.revision} is not the one that this process has seen"
+            )
+        self._seen = seal
+
+    def _passed(self, seal: Seal) -> bool:
+        """Say whether the log goes through the record that was the newest one."""
+        seen = self._seen
+        if seal.seq == seen.seq:
+            return seal.head == seen.head
+        row = self._sqlite.execute(_HASH, (seen.seq,)).fetchone()
+        return seen.seq == 0 or (row is not None and row[0] == seen.head)
 
     def state(self, seal: Seal) -> State:
         """Read the state that a seal covers.
@@ -151,8 +170,11 @@ class SealedState:
         except DataError as exc:
             raise StoreIntegrityError(exc.message) from exc
 
-    def write(self, seal: Seal, state: State | None, key: StoreKey) -> None:
-        """Write the seal, and the state if it changed, which counts a revision."""
+    def write(self, seal: Seal, state: State | None, key: StoreKey) -> Seal:
+        """Write the seal, and the state if it changed, which counts a revision.
+
+        Returns what was written, for `committed`.
+        """
         if state is not None:
             body = state.encode()
             self._put(_WRITE_STATE, (body,))
@@ -164,6 +186,11 @@ class SealedState:
         values = (*seal.columns(), seal.mac(key))
         self._put(_WRITE_SEAL, values)
         self._made = (1, *values)
+        return seal
+
+    def committed(self, seal: Seal) -> None:
+        """Remember a seal whose transaction is on the disk: the store never goes behind it."""
+        self._seen = seal
 
     def _put(self, statement: str, values: Sequence[object]) -> None:
         if self._sqlite.execute(statement, values).rowcount != 1:

@@ -172,6 +172,7 @@ class Store:
                 yield change
                 change.finish()
                 self._sqlite.execute("COMMIT")
+                change.committed()
             except BaseException:
                 self._sqlite.rollback()
                 raise

@@ -46,7 +46,9 @@ class Volumes:
         self._store = store
         self._kek = kek
         self._lock = threading.Lock()
+        self._revision = 0
         self._states: dict[str, VolumeState] = {}
+        self._ids: frozenset[str] | None = None
 
     def state(self, volume_id: str) -> VolumeState:
         """Return the state of a volume, of some revision: the newest that this process has seen.
@@ -59,6 +61,7 @@ class Volumes:
             found = self._states.get(volume_id)
             if found is None:
                 found = self._load(volume_id, self._store.sealed_volume(volume_id))
+                self._at(found.revision)
                 if (
                     found.finding.known
                 ):  # anybody may ask for any id: only ours are kept
@@ -68,11 +71,12 @@ class Volumes:
     def renew(self, revision: int) -> None:
         """Forget what is not of this revision of the store."""
         with self._lock:
-            self._states = {
-                name: state
-                for name, state in self._states.items()
-                if state.revision == revision
-            }
+            self._at(revision)
+
+    def _at(self, revision: int) -> None:
+        """Keep what is of one revision: parts of two would say what the store never said."""
+        if revision != self._revision:
+            self._revision, self._states, self._ids = revision, {}, None
 
     def knows(self, volume_id: str, generation: int, manifest_sha256: bytes) -> bool:
         """Say whether the owner ever added this generation with this manifest.
@@ -81,7 +85,18 @@ class Volumes:
 
         Raises: StoreIntegrityError, HostError, BusyError.
         """
+        if volume_id not in self._sealed_ids():
+            return False
         return (generation, manifest_sha256.hex()) in self.state(volume_id).manifests
+
+    def _sealed_ids(self) -> frozenset[str]:
+        """Return all ids that ever had a generation; a log may name thousands of others."""
+        with self._lock:
+            if self._ids is None:
+                seal, state = self._store.sealed()
+                self._at(seal.revision)
+                self._ids = frozenset(state.generations)
+            return self._ids
 
     def _load(self, volume_id: str, held: SealedVolume) -> VolumeState:
         row = held.policy
