@@ -311,6 +311,12 @@ async def test_older_backup_is_refused_until_the_owner_accepts_it(keyd, tmp_path
         err = keyd("serve", older, code=78)
         assert "is behind its newest checkpoint" in err
         assert f"tdx-keyd audit accept-rollback {older} {file}" in err
+        # Changes would carry it past the checkpoint's numbers: none is made.
+        held = file.read_bytes()
+        for verb in (["remove", older, "v"], ["add", older, tmp_path / "v-9.bundle"]):
+            bundle_file(tmp_path, "v", 9)
+            assert "is behind its newest checkpoint" in keyd(*verb, code=78)
+        assert file.read_bytes() == held
 
         out = keyd("audit", "accept-rollback", older, file)
         assert out.splitlines() == [

@@ -19,7 +19,7 @@ from tdxd.owner.audit.checkpoint import (
 from tdxd.owner.audit.checkpoint_export import CheckpointExporter, Exports
 from tdxd.owner.audit.config import AuditConfig
 from tdxd.owner.audit.hooks import DenialHooks
-from tdxd.owner.audit.verify import verify
+from tdxd.owner.audit.verify import Verified, verify
 from tdxd.owner.files import read_bytes
 from tdxd.owner.server.config import KeydConfig, read_config
 from tdxd.owner.server.signing_keys import read_signing_keys, retire_previous
@@ -28,6 +28,7 @@ from tdxd.owner.store.store import Store
 
 __all__ = [
     "behind_hint",
+    "check_for_change",
     "check_for_serving",
     "export_after_change",
     "load_checkpoint",
@@ -102,27 +103,47 @@ def check_for_serving(directory: Path, config: KeydConfig, store: Store) -> None
 
     Raises: StoreIntegrityError, naming what is wrong and what to do; ConfigError, HostError.
     """
-    checkpoint = _newest(directory, config.audit, store)
-    found = verify(
-        store,
-        checkpoint,
-        deployment=bytes.fromhex(config.deployment),
-        thorough=False,
-    )
-    if not found.troubles:
-        return
-    more = len(found.troubles) - 1
-    text = found.troubles[0] + (f", and {more} more" if more else "")
+    found = _compared(directory, config, store)
     if found.troubles == found.behind:
-        raise StoreIntegrityError(
-            f"{directory} is behind its newest checkpoint: {text}",
-            hint=behind_hint(directory, config.audit.checkpoint_file),
-        )
+        _refuse_behind(directory, config, found)
+        return
     raise StoreIntegrityError(
-        f"{directory}: {text}",
+        f"{directory}: {_first(found.troubles)}",
         hint=f"everything that is wrong: tdx-keyd audit verify {directory}; a backup made "
         "before it can be restored",
     )
+
+
+def check_for_change(directory: Path, config: KeydConfig, store: Store) -> None:
+    """Refuse to change a store behind its newest checkpoint: that would pass for progress.
+
+    What else may be wrong with it keeps nobody from mending it.
+
+    Raises: StoreIntegrityError, ConfigError, HostError.
+    """
+    _refuse_behind(directory, config, _compared(directory, config, store))
+
+
+def _compared(directory: Path, config: KeydConfig, store: Store) -> Verified:
+    return verify(
+        store,
+        _newest(directory, config.audit, store),
+        deployment=bytes.fromhex(config.deployment),
+        thorough=False,
+    )
+
+
+def _refuse_behind(directory: Path, config: KeydConfig, found: Verified) -> None:
+    if found.behind:
+        raise StoreIntegrityError(
+            f"{directory} is behind its newest checkpoint: {_first(found.behind)}",
+            hint=behind_hint(directory, config.audit.checkpoint_file),
+        )
+
+
+def _first(troubles: Sequence[str]) -> str:
+    more = len(troubles) - 1
+    return troubles[0] + (f", and {more} more" if more else "")
 
 
 def behind_hint(directory: Path, checkpoint: Path | str | None) -> str:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from tdxd.core.bundle import KeyBundle
 from tdxd.core.policy import parse_policy
 from tdxd.errors import DataError, TdxdError, UnavailableError
-from tdxd.owner.audit.guard import export_after_change
+from tdxd.owner.audit.guard import check_for_change, export_after_change
 from tdxd.owner.files import read_bytes, read_text
+from tdxd.owner.server.config import read_config
 from tdxd.owner.store.kek import read_public, wrap
 from tdxd.owner.store.store import GenerationRow, Store
 
@@ -40,11 +43,10 @@ def add_bundle(
             manifest_sha256=manifest.digest().hex(),
             added_at_s=now_s,
         )
-    with Store.open(directory, kek_file) as store, store.transaction() as change:
+    with _changing(directory, kek_file, now_s) as store, store.transaction() as change:
         change.add_generation(row)
         if text is not None:
             change.set_policy(row.volume_id, text, now_s)
-    _export(directory, kek_file, now_s)
     return row
 
 
@@ -61,11 +63,10 @@ def set_policy(
     Raises: DataError for an unknown volume, ConfigError, HostError.
     """
     text = _policy_text(policy_file)
-    with Store.open(directory, kek_file) as store:
+    with _changing(directory, kek_file, now_s) as store:
         known_volume(store, volume_id)
         with store.transaction() as change:
             version = change.set_policy(volume_id, text, now_s)
-    _export(directory, kek_file, now_s)
     return version
 
 
@@ -81,13 +82,12 @@ def remove_volume(
 
     Raises: DataError if there is no such thing, HostError.
     """
-    with Store.open(directory, kek_file) as store:
+    with _changing(directory, kek_file, now_s) as store:
         known_volume(store, volume_id)
         with store.transaction() as change:
             gone = change.remove(volume_id, generation, now_s)
             if generation is not None and not gone:
                 raise DataError(f"volume {volume_id!r} has no generation {generation}")
-    _export(directory, kek_file, now_s)
     return gone
 
 
@@ -101,7 +101,12 @@ def known_volume(store: Store, volume_id: str) -> None:
         )
 
 
-def _export(directory: Path, kek_file: Path | None, now_s: int) -> None:
+@contextlib.contextmanager
+def _changing(directory: Path, kek_file: Path | None, now_s: int) -> Iterator[Store]:
+    """Open a store that may be changed, and export the checkpoint of what is changed in it."""
+    with Store.open(directory, kek_file) as store:
+        check_for_change(directory, read_config(directory), store)
+        yield store
     try:
         export_after_change(directory, kek_file, now_s)
     except TdxdError as exc:
