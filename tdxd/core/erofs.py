@@ -1,4 +1,4 @@
-"""Just enough of erofs to set file modes in an image that mkfs.erofs has made.
+"""Just enough of erofs to set file modes in an image that mkfs.erofs has made, and to read it.
 
 mkfs.erofs keeps the modes it finds and has no option for others, and neither the owner's
 directory nor a copy of it must be touched: so the modes are set in the finished image. Reads
@@ -9,13 +9,21 @@ Source: Linux, fs/erofs/erofs_fs.h.
 
 from __future__ import annotations
 
+import dataclasses
 import stat
 import struct
 from collections.abc import Callable, Iterator
 
 from tdxd.errors import DataError
 
-__all__ = ["Patch", "normalised_modes", "superblock_checksum"]
+__all__ = [
+    "Entry",
+    "Inode",
+    "Patch",
+    "entries",
+    "normalised_modes",
+    "superblock_checksum",
+]
 
 Read = Callable[[int, int], bytes]
 """Returns exactly (offset, size) of the image."""
@@ -29,8 +37,9 @@ _SUPER = struct.Struct("<IIIBBH24xII")
 _SUPER_MAGIC = 0xE0F5E1E2
 _COMPAT_CHECKSUM = 0x1
 _CHECKSUM_OFFSET = _SUPER_OFFSET + 4
-_INODE = struct.Struct("<HHHH")
-"""i_format, i_xattr_icount, i_mode, i_nlink (or reserved)."""
+_COMPACT = struct.Struct("<HHHHI4xI12x")
+_EXTENDED = struct.Struct("<HHH2xQI24xI16x")
+"""i_format, i_xattr_icount, i_mode, i_nlink and i_size (here the other way round), i_u."""
 _MODE_OFFSET = 4
 _SLOT_BYTES = 32
 _FLAT_PLAIN, _FLAT_INLINE = 0, 2
@@ -40,6 +49,54 @@ _PRIVATE = b"tls"
 _CRC32C_POLYNOMIAL = 0x82F63B78
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Inode:
+    """One file or directory. Its content is what stands in `extents`: (offset, size) each."""
+
+    nid: int
+    offset: int
+    mode: int
+    links: int
+    size_bytes: int
+    extents: tuple[tuple[int, int], ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One name: the path below the root, without a slash in front, and what it names.
+
+    Bytes that are not UTF-8 are escaped as surrogates.
+    """
+
+    path: str
+    inode: Inode
+
+
+def entries(read: Read) -> Iterator[Entry]:
+    """Yield every file and directory, a directory before what it holds, but not the root.
+
+    Raises: DataError for a layout that mkfs.erofs does not write without compression, for
+    anything but files and directories, and for names that lead elsewhere.
+    """
+    read = _exactly(read)
+    base, root_nid = _start(read)
+    pending, directories = [("", root_nid)], {root_nid}
+    while pending:
+        where, nid = pending.pop()
+        for name, child in _names(read, _inode(read, base, nid)):
+            path = where + name.decode("utf-8", "surrogateescape")
+            if not name or b"/" in name:
+                raise DataError(f"the file system has a file of the name {path!r}")
+            inode = _inode(read, base, child)
+            _normal(inode.mode, private=False)  # refuses links and special files
+            yield Entry(path=path, inode=inode)
+            if stat.S_ISDIR(inode.mode):
+                if child in directories:
+                    raise DataError(f"the file system has two directories {path!r}")
+                directories.add(child)
+                pending.append((path + "/", child))
+
+
 def normalised_modes(read: Read) -> Iterator[Patch]:
     """Yield what sets every mode: files 0444, directories 0555, `tls/` 0600 and 0700.
 
@@ -47,12 +104,7 @@ def normalised_modes(read: Read) -> Iterator[Patch]:
     anything but files and directories, and for a file that `tls/` shares with the rest.
     """
     read = _exactly(read)
-    magic, _sum, _compat, block_bits, _slots, root_nid, meta, _xattr = _SUPER.unpack(
-        read(_SUPER_OFFSET, _SUPER.size)
-    )
-    if magic != _SUPER_MAGIC or block_bits != _BLOCK.bit_length() - 1:
-        raise DataError("the file system is not erofs with 4096-byte blocks")
-    base = meta * _BLOCK
+    base, root_nid = _start(read)
     pending: list[tuple[int, bool, bool]] = [(root_nid, False, True)]
     seen: dict[int, bool] = {}
     while pending:
@@ -65,16 +117,23 @@ def normalised_modes(read: Read) -> Iterator[Patch]:
                 )
             continue
         seen[nid] = private
-        offset = base + nid * _SLOT_BYTES
-        mode = _INODE.unpack(read(offset, _INODE.size))[2]
-        yield (
-            offset + _MODE_OFFSET,
-            _normal(mode, private=private).to_bytes(2, "little"),
-        )
+        inode = _inode(read, base, nid)
+        mode = _normal(inode.mode, private=private)
+        yield inode.offset + _MODE_OFFSET, mode.to_bytes(2, "little")
         if stat.S_ISDIR(mode):
-            for name, child in _entries(read, offset):
+            for name, child in _names(read, inode):
                 inside = private or (is_root and name == _PRIVATE)
                 pending.append((child, inside, False))
+
+
+def _start(read: Read) -> tuple[int, int]:
+    """Return where inodes are counted from, and the number of the root's."""
+    magic, _sum, _compat, block_bits, _slots, root_nid, meta, _xattr = _SUPER.unpack(
+        read(_SUPER_OFFSET, _SUPER.size)
+    )
+    if magic != _SUPER_MAGIC or block_bits != _BLOCK.bit_length() - 1:
+        raise DataError("the file system is not erofs with 4096-byte blocks")
+    return meta * _BLOCK, root_nid
 
 
 def _exactly(read: Read) -> Read:
@@ -98,37 +157,52 @@ def _normal(mode: int, *, private: bool) -> int:
     raise DataError(f"the file system holds a link or special file, mode {mode:o}")
 
 
-def _entries(read: Read, offset: int) -> Iterator[tuple[bytes, int]]:
+def _inode(read: Read, base: int, nid: int) -> Inode:
+    """Read one inode; the tail of its content may stand right behind it."""
+    offset = base + nid * _SLOT_BYTES
+    head = read(offset, _COMPACT.size)
+    layout, xattrs, mode, links, size, first = _COMPACT.unpack(head)
+    inode_bytes = _COMPACT.size
+    if layout & 1:
+        inode_bytes = _EXTENDED.size
+        head = read(offset, inode_bytes)
+        layout, xattrs, mode, size, first, links = _EXTENDED.unpack(head)
+    kind = layout >> 1
+    if kind not in (_FLAT_PLAIN, _FLAT_INLINE) or xattrs:
+        raise DataError(f"the file system has an inode of layout {kind}")
+    whole = size if kind == _FLAT_PLAIN else size - size % _BLOCK
+    extents = ((first * _BLOCK, whole), (offset + inode_bytes, size - whole))
+    return Inode(
+        nid=nid,
+        offset=offset,
+        mode=mode,
+        links=links,
+        size_bytes=size,
+        extents=tuple(one for one in extents if one[1]),
+    )
+
+
+def _names(read: Read, directory: Inode) -> Iterator[tuple[bytes, int]]:
     """Yield (name, nid) of a directory, without `.` and `..`."""
-    for block in _blocks(read, offset):
+    for block in _blocks(read, directory):
         count = int.from_bytes(block[8:10], "little") // _DIRENT.size
         if not 0 < count <= len(block) // _DIRENT.size:
             raise DataError(f"the file system has a directory with {count} entries")
-        entries = [
+        found = [
             _DIRENT.unpack_from(block, index * _DIRENT.size) for index in range(count)
         ]
-        ends = [entry[1] for entry in entries[1:]] + [len(block)]
-        for (nid, start, _kind, _reserved), end in zip(entries, ends, strict=True):
+        ends = [entry[1] for entry in found[1:]] + [len(block)]
+        for (nid, start, _kind, _reserved), end in zip(found, ends, strict=True):
             name = block[start:end].split(b"\0")[0]
             if name not in (b".", b".."):
                 yield name, nid
 
 
-def _blocks(read: Read, offset: int) -> Iterator[bytes]:
-    """Yield the data of a directory block by block; the tail may stand behind its inode."""
-    layout, xattrs, _mode, _nlink = _INODE.unpack(read(offset, _INODE.size))
-    extended, kind = layout & 1, layout >> 1 & 7
-    if kind not in (_FLAT_PLAIN, _FLAT_INLINE) or xattrs:
-        raise DataError(f"the file system has a directory of layout {kind}")
-    size = int.from_bytes(read(offset + 8, 8 if extended else 4), "little")
-    first = int.from_bytes(read(offset + 16, 4), "little")
-    whole, tail = divmod(size, _BLOCK)
-    for index in range(whole):
-        yield read((first + index) * _BLOCK, _BLOCK)
-    if tail and kind == _FLAT_INLINE:
-        yield read(offset + (64 if extended else 32), tail)
-    elif tail:
-        yield read((first + whole) * _BLOCK, tail)
+def _blocks(read: Read, inode: Inode) -> Iterator[bytes]:
+    """Yield the content of a directory block by block."""
+    for start, size in inode.extents:
+        for done in range(0, size, _BLOCK):
+            yield read(start + done, min(_BLOCK, size - done))
 
 
 def superblock_checksum(first_block: bytes) -> Patch | None:
