@@ -51,6 +51,16 @@ def xts(key: bytes, payload: bytes, *, first_block: int = 0) -> bytes:
     return b"".join(out)
 
 
+def xts_decrypt(key: bytes, payload: bytes) -> bytes:
+    """Decrypt whole blocks, numbered from 0."""
+    out = []
+    for start in range(0, len(payload), 4096):
+        tweak = (start // 512).to_bytes(16, "little")
+        unit = Cipher(algorithms.AES(key), modes.XTS(tweak)).decryptor()
+        out.append(unit.update(payload[start : start + 4096]))
+    return b"".join(out)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reference:
     """An image on disk, its plaintext file system, and what opens it."""

@@ -26,7 +26,7 @@ from tdxd.core.bundle import BLOCK_BYTES
 from tdxd.core.verity import DIGEST_BYTES
 from tdxd.host import libcrypto
 
-__all__ = ["FRAME_PREFIX_BYTES", "Op", "Task", "frame", "main"]
+__all__ = ["FRAME_PREFIX_BYTES", "Crypt", "Op", "Task", "crypt", "frame", "main"]
 
 Op = Literal["hash", "encrypt", "open"]
 
@@ -72,7 +72,8 @@ Crypt = Callable[[int, int], None]
 """Encrypts or decrypts from the input buffer to the output buffer: first block, blocks."""
 
 
-def _crypt(key: bytes, source: bytearray, target: bytearray, *, encrypt: bool) -> Crypt:
+def crypt(key: bytes, source: bytearray, target: bytearray, *, encrypt: bool) -> Crypt:
+    """Return the fastest way from one buffer to another, RUN_SLACK_BYTES longer."""
     if libcrypto.available():
         return libcrypto.Xts(key, encrypt=encrypt, source=source, target=target).run
     work = sealed.encrypt_run if encrypt else sealed.decrypt_run
@@ -112,7 +113,7 @@ class _Worker:
         if task.op != "hash":
             source, target = self._source, self._target
             encrypt = task.op == "encrypt"
-            self._crypt = _crypt(task.key, source, target, encrypt=encrypt)
+            self._crypt = crypt(task.key, source, target, encrypt=encrypt)
 
     def do(self, task: Task, first: int, blocks: int) -> tuple[str, int]:
         try:

@@ -15,44 +15,14 @@ import pytest
 from tdxd.core import luks2, sealed
 from tdxd.core.bundle import KeyBundle, volume_key
 from tdxd.core.sealed import PublicRecord
-from tdxd.core.secret import Secret
-from tdxd.errors import DataError, HostError, IntegrityError
+from tdxd.errors import BadHeaderError, DataError, HostError, IntegrityError
 from tdxd.owner.sealing import check, seal
-
-SECRET = bytes(range(64))
-
-
-def quiet(*_args: object) -> None:
-    pass
+from tests.owner.sealing import make, model_directory, quiet
 
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    directory = tmp_path / "model"
-    version = directory / "models" / "m" / "1"
-    version.mkdir(parents=True)
-    (version / "saved_model.pb").write_bytes(os.urandom(300_000))
-    (version / "many").mkdir()
-    for number in range(300):
-        (version / "many" / f"file-{number:04}").write_bytes(b"x" * number)
-    (directory / "tls").mkdir()
-    (directory / "tls" / "server.pem").write_text("secret")
-    return directory
-
-
-def make(directory: Path, out: Path, **more: object) -> seal.Sealed:
-    out.mkdir(exist_ok=True)
-    fields: dict[str, object] = {
-        "directory": directory,
-        "volume_id": "m",
-        "generation": 3,
-        "image": out / "m.img",
-        "bundle": out / "m.bundle",
-        "secret": Secret(SECRET),
-        "created": "2026-01-01T00:00:00+00:00",
-        **more,
-    }
-    return seal.seal_directory(seal.SealRequest(**fields), quiet)  # type: ignore[arg-type]
+    return model_directory(tmp_path / "model")
 
 
 def run(*argv: str, **more: object) -> subprocess.CompletedProcess[str]:
@@ -162,6 +132,54 @@ def test_the_same_input_makes_the_same_files(model, tmp_path) -> None:
             tmp_path / "two" / name
         ).read_bytes()
     assert (tmp_path / "r1").read_bytes() == (tmp_path / "r2").read_bytes()
+
+
+@pytest.mark.root
+def test_only_content_counts(model, tmp_path):
+    """Whatever else a file system keeps of the same files makes no difference."""
+    make(model, tmp_path / "one")
+    copy = (
+        Path("/dev/shm") / f"tdxd-seal-{os.getpid()}"
+    )  # another file system, other order
+    mask = os.umask(0o077)
+    try:
+        for path in sorted(model.rglob("*"), key=lambda one: one.name, reverse=True):
+            other = copy / path.relative_to(model)
+            if path.is_dir():
+                other.mkdir(parents=True, exist_ok=True)
+            else:
+                other.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, other)
+        os.link(copy / "models/m/1/whole", copy.with_suffix(".outside"))
+        for number, path in enumerate(sorted(copy.rglob("*"))):
+            os.chown(path, 100_000 + number, 7)
+            os.utime(path, (number, 2**33 + number))
+        make(copy, tmp_path / "two")
+    finally:
+        os.umask(mask)
+        shutil.rmtree(copy)
+        copy.with_suffix(".outside").unlink(missing_ok=True)
+    one, two = (tmp_path / name / "m.img" for name in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes()
+
+
+def test_holes_make_no_difference(model, tmp_path):
+    size = 3 * 2**20 + 5
+    sparse, dense = (model / "models/m/1" / name for name in ("weights", "weights.tmp"))
+    with sparse.open("wb") as file:
+        file.write(b"begin")
+        file.seek(2**20)
+        file.write(b"middle")
+        file.truncate(size)
+    assert sparse.stat().st_blocks * 512 < size
+    make(model, tmp_path / "one")
+    dense.write_bytes(sparse.read_bytes())
+    assert dense.stat().st_blocks * 512 >= size
+    dense.replace(sparse)
+    make(model, tmp_path / "two")
+    one, two = (tmp_path / name / "m.img" for name in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes()
+    check.check_payload(one, make(model, tmp_path / "three").bundle, quiet)
 
 
 def test_another_generation_shares_no_block(model, tmp_path) -> None:
@@ -307,6 +325,22 @@ def test_a_directory_without_models_is_refused(tmp_path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="holds no models"):
         make(tmp_path / "empty", tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", [os.mkfifo, lambda path: path.symlink_to("/dev/null")])
+def test_force_replaces_no_device_and_no_fifo(model, tmp_path, kind) -> None:
+    (tmp_path / "out").mkdir()
+    kind(tmp_path / "out" / "m.img")
+    with pytest.raises(DataError, match="is neither a file nor a block device"):
+        make(model, tmp_path / "out", force=True)
+    assert [one.name for one in (tmp_path / "out").iterdir()] == ["m.img"]
+
+
+def test_a_fifo_is_no_image_and_does_not_hang(model, tmp_path) -> None:
+    made = make(model, tmp_path / "out")
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(BadHeaderError, match="neither a file nor a block device"):
+        check.check_record(tmp_path / "fifo", made.record, quiet)
 
 
 def test_a_missing_output_directory_is_named(model, tmp_path) -> None:

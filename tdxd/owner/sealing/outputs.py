@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 from collections.abc import Iterator
@@ -43,6 +44,7 @@ class Outputs:
         self._force = force
         self._open = contextlib.ExitStack()
         self._files: list[tuple[int, Path]] = []
+        self._devices: list[tuple[int, Path]] = []
 
     def __enter__(self) -> Self:
         return self
@@ -60,11 +62,21 @@ class Outputs:
     def reserve(self, path: Path, *, mode: int) -> int:
         """Open a new file for `path`; returns its descriptor, which stays ours.
 
+        A block device is opened itself: it has its name already, and is only brought to rest
+        before the files get theirs.
+
         Raises: DataError if there is such a file and no `force`; HostError.
         """
         if os.path.lexists(path) and not self._force:
             hint = "name another, or overwrite with --force"
             raise DataError(f"{path} exists already", hint=hint)
+        if path.is_char_device() or path.is_fifo() or path.is_socket():
+            raise DataError(f"{path} is neither a file nor a block device")
+        if path.is_block_device():
+            fd = _open_device(path)
+            self._open.callback(os.close, fd)
+            self._devices.append((fd, path))
+            return fd
         fd = self._open.enter_context(unnamed_file(path.parent))
         os.fchmod(fd, mode)
         self._files.append((fd, path))
@@ -73,11 +85,11 @@ class Outputs:
     def _publish(self) -> None:
         """Bring all files to the disk, then name them; Ctrl-C waits meanwhile."""
         given: list[Path] = []
-        path = self._files[-1][1] if self._files else Path()
+        path = Path()
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
         try:
-            for fd, _ in self._files:
-                os.fsync(fd)
+            for fd, path in self._devices + self._files:
+                _bring_to_disk(fd, path)
             for fd, path in self._files:
                 self._name(fd, path)
                 given.append(path)
@@ -104,3 +116,19 @@ class Outputs:
             raise
         finally:
             os.close(parent)
+
+
+def _bring_to_disk(fd: int, path: Path) -> None:
+    try:
+        os.fsync(fd)
+    except OSError as exc:
+        raise HostError.of("write", str(path), exc) from exc
+
+
+def _open_device(path: Path) -> int:
+    try:
+        # O_EXCL: the kernel refuses a device that is mounted or otherwise in use.
+        return os.open(path, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC)
+    except OSError as exc:
+        hint = "it is mounted or otherwise in use" if exc.errno == errno.EBUSY else ""
+        raise HostError.of("open", str(path), exc, hint=hint) from exc

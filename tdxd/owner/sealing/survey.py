@@ -72,5 +72,5 @@ def check_space(directory: Path, size_bytes: int) -> None:
     if free < needed:
         raise DataError(
             f"{directory} has {free >> 20} MiB free, sealing needs {needed >> 20} MiB",
-            hint="the plaintext is staged once beside the image: free space, or another -o",
+            hint="the plaintext is staged once: free space there, or name another directory",
         )
