@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -77,6 +79,134 @@ def test_create_inspect_and_verify(seal, model, tmp_path):
     assert seal("verify", "m.img", "--bundle", "m.bundle").returncode == 0
 
 
+def test_open_lists_and_extracts(seal, model, tmp_path):
+    (model / "models/m/1/esc\x1b[2J").write_bytes(b"12345")
+    seal(*CREATE, *FILES)
+    shown = seal("open", "m.img", "--bundle", "m.bundle")
+    assert (shown.returncode, shown.stderr) == (0, "")
+    lines = [line.split(maxsplit=2) for line in shown.stdout.splitlines()]
+    assert ["-r--r--r--", "100000", "models/m/1/saved_model.pb"] in lines
+    assert ["-r--r--r--", "5", "models/m/1/esc?[2J"] in lines
+    assert [name for _, _, name in lines] == sorted(name for _, _, name in lines)
+    done = seal("open", "m.img", "--bundle", "m.bundle", "--json")
+    listed = json.loads(done.stdout)
+    assert {
+        "path": "models/m/1/saved_model.pb",
+        "kind": "file",
+        "mode": "0444",
+        "size_bytes": 100000,
+    } in listed
+    done = seal("open", "m.img", "--bundle", "m.bundle", "--extract", "back")
+    assert done.stdout == "back: 2 files, 100005 bytes, every one verified\n"
+    one, two = (
+        tmp_path / name / "models/m/1/saved_model.pb" for name in ("model", "back")
+    )
+    assert one.read_bytes() == two.read_bytes()
+    assert said(seal("open", "m.img", "--bundle", "m.bundle", "--extract", "back")) == (
+        65,
+        "tdx-seal: error: back exists already",
+    )
+
+
+def test_rekey_counts_up_and_says_what_to_do(seal, model, tmp_path):
+    seal(*CREATE, *FILES)
+    argv = ("rekey", "m.img", "--bundle", "m.bundle", "-o", "n.img")
+    done = seal(*argv, "--new-bundle", "n.bundle")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "tdx-keyd remove STORE m --generation 3" in done.stdout
+    assert json.loads(seal("inspect", "n.bundle", "--json").stdout)["generation"] == 4
+    assert seal("verify", "n.img").returncode == 0
+    assert seal("verify", "n.img", "--bundle", "n.bundle").returncode == 0
+    old, new = (
+        (tmp_path / name).read_bytes()[-64:] for name in ("m.bundle", "n.bundle")
+    )
+    assert old != new
+    code, line = said(seal(*argv, "--new-bundle", "o.bundle", "--generation", "3"))
+    assert (code, line) == (64, "tdx-seal: error: generation 3 is not above 3")
+
+
+def test_rekey_never_replaces_what_it_reads(seal, model, tmp_path):
+    seal(*CREATE, *FILES)
+    before = [(tmp_path / name).read_bytes() for name in ("m.img", "m.bundle")]
+    argv = ("rekey", "m.img", "--bundle", "m.bundle", "--force")
+    for more in (
+        ("-o", "./m.img", "--new-bundle", "n.bundle"),
+        ("-o", "n.img", "--new-bundle", "./m.bundle"),
+    ):
+        code, line = said(seal(*argv, *more))
+        assert (code, line.endswith("would replace the old one")) == (64, True)
+    assert [(tmp_path / name).read_bytes() for name in ("m.img", "m.bundle")] == before
+
+
+@pytest.fixture
+def device(tmp_path: Path) -> Iterator[Path]:
+    """Attach a loop device of 32 MiB that holds something old."""
+    backing = tmp_path.with_suffix(".backing")
+    backing.write_bytes(os.urandom(2**20) * 32)
+    argv = ["losetup", "--find", "--show", str(backing)]
+    made = subprocess.run(argv, capture_output=True, text=True, check=True)
+    path = Path(made.stdout.strip())
+    try:
+        yield path
+    finally:
+        subprocess.run(["losetup", "--detach", path], check=True)
+        backing.unlink()
+
+
+@pytest.mark.root
+def test_a_block_device_is_an_image_as_well(seal, model, tmp_path, device):
+    seal(*CREATE, *FILES)
+    name = str(device)
+    argv = (*CREATE, "-o", name, "--bundle", "d.bundle", "--secret-from", "m.bundle")
+    code, line = said(seal(*argv, "--force"))
+    assert (code, line) == (64, f"tdx-seal: error: {name} is a block device")
+    argv = (*argv, "--record", "d.json")
+    assert said(seal(*argv)) == (65, f"tdx-seal: error: {name} exists already")
+    assert not (tmp_path / "d.bundle").exists()
+    done = seal(*argv, "--force")
+    assert (done.returncode, done.stderr) == (0, "")
+    image = (tmp_path / "m.img").read_bytes()
+    assert device.read_bytes()[: len(image)] == image
+    record = json.loads((tmp_path / "d.json").read_text())
+    assert (
+        record["sha256"] == json.loads((tmp_path / "m.img.json").read_text())["sha256"]
+    )
+    assert seal("verify", name, "--record", "d.json").returncode == 0
+    assert seal("verify", name, "--bundle", "d.bundle").returncode == 0
+    assert json.loads(seal("inspect", name, "--json").stdout)["size_bytes"] == 2**25
+    (tmp_path / "link").symlink_to(name)
+    argv = ("open", "link", "--bundle", "d.bundle", "--extract", "back")
+    assert seal(*argv).returncode == 0
+    assert (tmp_path / "back/models/m/1/saved_model.pb").is_file()
+    argv = ("rekey", name, "--bundle", "d.bundle", "-o", "n.img")
+    assert seal(*argv, "--new-bundle", "n.bundle").returncode == 0
+    assert seal("verify", "n.img", "--bundle", "n.bundle").returncode == 0
+    argv = ("rekey", "m.img", "--bundle", "m.bundle", "-o", name, "--force")
+    argv = (*argv, "--new-bundle", "o.bundle", "--record", "o.json")
+    assert seal(*argv).returncode == 0
+    assert seal("verify", name, "--bundle", "o.bundle").returncode == 0
+    assert said(seal("verify", name, "--bundle", "d.bundle"))[0] == 65
+
+
+@pytest.mark.root
+def test_a_block_device_too_small_or_in_use_is_refused(seal, model, tmp_path, device):
+    name, more = str(device), ("--bundle", "d.bundle", "--record", "d", "--force")
+    with (model / "models/m/1/weights").open("wb") as file:
+        file.truncate(2**25)
+    code, line = said(seal(*CREATE, "-o", name, *more))
+    assert (code, f"{name} has {2**25} bytes, the image needs" in line) == (65, True)
+    fd = os.open(device, os.O_RDONLY | os.O_EXCL)  # as a mount holds it
+    try:
+        code, line = said(seal(*CREATE, "-o", name, *more))
+    finally:
+        os.close(fd)
+    assert (code, line) == (
+        71,
+        f"tdx-seal: error: open {name}: Device or resource busy",
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
 def test_inspecting_a_bundle_shows_no_secret(seal, model, tmp_path):
     seal(*CREATE, *FILES)
     bundle = (tmp_path / "m.bundle").read_bytes()
@@ -135,6 +265,10 @@ def test_a_truncated_image_is_refused(seal, model, tmp_path):
         ((*CREATE, *FILES, "--secret-from", "none"), 71, "read none: No such file"),
         (("verify", "none.img"), 71, "read none.img.json: No such file"),
         (("inspect", "none"), 71, "read none: No such file"),
+        (("open", "none", "--bundle", "none"), 71, "read none: No such file"),
+        (("open", "model"), 64, "required: --bundle"),
+        (("rekey", "model", "--bundle", "model"), 64, "required: -o/--output"),
+        (("rekey", "x", "--bundle", "n", "-o", "y"), 64, "required: --new-bundle"),
         (("inspect", "model/models/m/1/saved_model.pb"), 65, "at most 8192 allowed"),
         (("cert", "a b"), 64, "'a b' is neither a host name nor an IP address"),
     ],
@@ -167,13 +301,44 @@ def test_cert_makes_a_private_key_and_a_public_certificate(seal, tmp_path):
     assert said(seal("cert", "x"))[1].endswith("server.pem exists already")
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_an_interrupted_run_leaves_no_file_and_no_process(model, tmp_path, how):
+OPEN = ("open", "old.img", "--bundle", "old.bundle", "--extract", "back")
+REKEY = ("rekey", "old.img", "--bundle", "old.bundle", "-o", "m.img")
+
+
+@pytest.fixture
+def big(model: Path, seal) -> list[str]:
+    """Make a model, and its image `old.img`, that take some time; return what there is then."""
     (model / "models/m/1/big").write_bytes(os.urandom(2**20) * 100)
+    argv = (*CREATE, "-o", "old.img", "--bundle", "old.bundle")
+    assert seal(*argv).returncode == 0
+    return sorted(path.name for path in model.parent.iterdir())
+
+
+@contextlib.contextmanager
+def running(argv: Sequence[str], cwd: Path) -> Iterator[subprocess.Popen[bytes]]:
     # A shell's background job, as a test run may be, has SIGINT ignored, and children inherit that.
-    argv = ["env", "--default-signal=INT", sys.executable, "-m", "tdxd.cli.tdx_seal"]
+    program = ["env", "--default-signal=INT", sys.executable, "-m"]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen([*argv, *CREATE, *FILES], cwd=tmp_path, env=env) as process:
+    command = [*program, "tdxd.cli.tdx_seal", *argv]
+    with subprocess.Popen(command, cwd=cwd, env=env) as process:
+        yield process
+
+
+CODES = {
+    signal.SIGINT: 130,
+    signal.SIGTERM: 143,
+    signal.SIGKILL: -signal.SIGKILL,
+}
+
+
+@pytest.mark.parametrize("how", CODES)
+@pytest.mark.parametrize(
+    "argv",
+    [(*CREATE, *FILES), (*REKEY, "--new-bundle", "m.bundle")],
+    ids=["create", "rekey"],
+)
+def test_an_interrupted_run_leaves_no_file_and_no_process(big, tmp_path, how, argv):
+    with running(argv, tmp_path) as process:
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
         workers: list[str] = []
         while len(workers) < len(os.sched_getaffinity(0)):
@@ -182,12 +347,27 @@ def test_an_interrupted_run_leaves_no_file_and_no_process(model, tmp_path, how):
             time.sleep(0.005)
         process.send_signal(how)
         code = process.wait()
-    assert code == (130 if how == signal.SIGINT else -how)
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert code == CODES[how]
+    assert sorted(path.name for path in tmp_path.iterdir()) == big
     deadline = time.monotonic() + 10
     while any(map(alive, workers)) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not any(map(alive, workers))
+
+
+@pytest.mark.parametrize("how", CODES)
+def test_an_interrupted_extraction_gives_no_directory(big, tmp_path, how):
+    with running(OPEN, tmp_path) as process:
+        while not list(tmp_path.glob(".back.*.new/models/m/1/big")):
+            assert process.poll() is None
+            time.sleep(0.001)
+        process.send_signal(how)
+        code = process.wait()
+    assert code == CODES[how]
+    left = sorted(path.name for path in tmp_path.iterdir())
+    if how == signal.SIGKILL:  # nobody could clear away, but it has no final name
+        left.remove(f".back.{process.pid}.new")
+    assert left == big
 
 
 def alive(pid: str) -> bool:
