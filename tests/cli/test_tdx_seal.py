@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+VECTOR = ROOT / "tests/vectors/sealed/small.bundle"
 
 
 @pytest.fixture
@@ -157,33 +158,42 @@ def device(tmp_path: Path) -> Iterator[Path]:
 def test_a_block_device_is_an_image_as_well(seal, model, tmp_path, device):
     seal(*CREATE, *FILES)
     name = str(device)
-    argv = (*CREATE, "-o", name, "--bundle", "d.bundle", "--secret-from", "m.bundle")
+    argv = [*CREATE, "-o", name, "--bundle", "d.bundle", "--secret-from", "m.bundle"]
     code, line = said(seal(*argv, "--force"))
     assert (code, line) == (64, f"tdx-seal: error: {name} is a block device")
-    argv = (*argv, "--record", "d.json")
+    argv += ["--record", "d.json"]
     assert said(seal(*argv)) == (65, f"tdx-seal: error: {name} exists already")
     assert not (tmp_path / "d.bundle").exists()
     done = seal(*argv, "--force")
     assert (done.returncode, done.stderr) == (0, "")
     image = (tmp_path / "m.img").read_bytes()
     assert device.read_bytes()[: len(image)] == image
-    record = json.loads((tmp_path / "d.json").read_text())
-    assert (
-        record["sha256"] == json.loads((tmp_path / "m.img.json").read_text())["sha256"]
-    )
+    digests = [
+        json.loads((tmp_path / one).read_text())["sha256"]
+        for one in ("d.json", "m.img.json")
+    ]
+    assert digests[0] == digests[1]
     assert seal("verify", name, "--record", "d.json").returncode == 0
     assert seal("verify", name, "--bundle", "d.bundle").returncode == 0
     assert json.loads(seal("inspect", name, "--json").stdout)["size_bytes"] == 2**25
+
+
+@pytest.mark.root
+def test_a_block_device_is_opened_and_rekeyed_both_ways(seal, model, tmp_path, device):
+    seal(*CREATE, *FILES)
+    name = str(device)
+    outputs = ("--bundle", "d.bundle", "--record", "d.json", "--force")
+    assert seal(*CREATE, "-o", name, *outputs).returncode == 0
     (tmp_path / "link").symlink_to(name)
-    argv = ("open", "link", "--bundle", "d.bundle", "--extract", "back")
-    assert seal(*argv).returncode == 0
+    opened = seal("open", "link", "--bundle", "d.bundle", "--extract", "back")
+    assert opened.returncode == 0
     assert (tmp_path / "back/models/m/1/saved_model.pb").is_file()
-    argv = ("rekey", name, "--bundle", "d.bundle", "-o", "n.img")
-    assert seal(*argv, "--new-bundle", "n.bundle").returncode == 0
+    away = ("rekey", name, "--bundle", "d.bundle", "-o", "n.img")
+    assert seal(*away, "--new-bundle", "n.bundle").returncode == 0
     assert seal("verify", "n.img", "--bundle", "n.bundle").returncode == 0
-    argv = ("rekey", "m.img", "--bundle", "m.bundle", "-o", name, "--force")
-    argv = (*argv, "--new-bundle", "o.bundle", "--record", "o.json")
-    assert seal(*argv).returncode == 0
+    onto = ("rekey", "m.img", "--bundle", "m.bundle", "-o", name, "--force")
+    more = ("--new-bundle", "o.bundle", "--record", "o.json")
+    assert seal(*onto, *more).returncode == 0
     assert seal("verify", name, "--bundle", "o.bundle").returncode == 0
     assert said(seal("verify", name, "--bundle", "d.bundle"))[0] == 65
 
@@ -265,6 +275,9 @@ def test_a_truncated_image_is_refused(seal, model, tmp_path):
         ((*CREATE, *FILES, "--secret-from", "none"), 71, "read none: No such file"),
         (("verify", "none.img"), 71, "read none.img.json: No such file"),
         (("inspect", "none"), 71, "read none: No such file"),
+        (("verify", "none", "--bundle", str(VECTOR)), 75, "none: no such file"),
+        (("open", "none", "--bundle", str(VECTOR)), 75, "none: no such file"),
+        (("open", "model", "--bundle", str(VECTOR)), 65, "model: is a directory"),
         (("open", "none", "--bundle", "none"), 71, "read none: No such file"),
         (("open", "model"), 64, "required: --bundle"),
         (("rekey", "model", "--bundle", "model"), 64, "required: -o/--output"),

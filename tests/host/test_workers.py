@@ -147,7 +147,7 @@ def test_without_libcrypto_the_work_is_the_same(monkeypatch, encrypt):
     for library in (libcrypto._library, None):
         monkeypatch.setattr(libcrypto, "_library", library)
         target = bytearray(len(source) + sealed.RUN_SLACK_BYTES)
-        range_worker._crypt(KEY, source, target, encrypt=encrypt)(77, 3)
+        range_worker.crypt(KEY, source, target, encrypt=encrypt)(77, 3)
         made.append(target[: len(source)])
     assert made[0] == made[1] != source
 
