@@ -92,6 +92,7 @@ The Python libraries that they need are in a private directory.""",
         "libgcc-s1",
         "libssl3 | libssl3t64",
         "libstdc++6",
+        "util-linux (>= 2.33)",  # setpriv that knows --pdeathsig
     ),
     suggests=(
         "cryptsetup-bin",

@@ -20,6 +20,7 @@ __all__ = [
     "Entry",
     "Inode",
     "Patch",
+    "Read",
     "entries",
     "normalised_modes",
     "superblock_checksum",

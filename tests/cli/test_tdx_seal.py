@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import sys
@@ -293,6 +294,24 @@ def test_bad_input_is_named(seal, model, argv, code, text):
     assert line.startswith("tdx-seal: error: ")
 
 
+def test_a_missing_mkfs_is_named(model, tmp_path):
+    (tmp_path / "bin").mkdir()
+    argv = [sys.executable, "-m", "tdxd.cli.tdx_seal", *CREATE, *FILES]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": str(tmp_path / "bin")}
+    setpriv = shutil.which("setpriv")
+    assert setpriv is not None
+    for program in ("setpriv", "mkfs.erofs"):
+        if program == "mkfs.erofs":
+            (tmp_path / "bin/setpriv").symlink_to(setpriv)
+        done = subprocess.run(
+            argv, cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 71
+        assert f"run {program}: No such file" in done.stderr
+        assert "hint: install " in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bin", "model"]
+
+
 def test_a_model_directory_without_models_is_refused(seal, tmp_path):
     (tmp_path / "model").mkdir()
     done = seal(*CREATE, *FILES)
@@ -366,6 +385,31 @@ def test_an_interrupted_run_leaves_no_file_and_no_process(big, tmp_path, how, ar
     while any(map(alive, workers)) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not any(map(alive, workers))
+
+
+@pytest.mark.parametrize("how", CODES)
+def test_mkfs_does_not_outlive_an_interrupted_run(model, tmp_path, how):
+    with (model / "models/m/1/big").open("wb") as file:
+        file.truncate(2**31)  # seconds for mkfs.erofs
+    with running((*CREATE, *FILES), tmp_path) as process:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        found: list[str] = []
+        while not found:
+            assert process.poll() is None
+            found = [pid for pid in children.read_text().split() if is_mkfs(pid)]
+            time.sleep(0.005)
+        process.send_signal(how)
+        assert process.wait() == CODES[how]
+    time.sleep(0.3)
+    assert not alive(found[0])
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def is_mkfs(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text() == "mkfs.erofs\n"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 @pytest.mark.parametrize("how", CODES)

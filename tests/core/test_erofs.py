@@ -100,3 +100,32 @@ def test_a_damaged_image_is_walked_or_refused_but_never_a_crash(offset, flip):
     except DataError:
         return
     assert all(0 <= at < len(data) for at, _ in made)
+
+
+def test_entries_are_the_names_and_say_where_the_content_stands():
+    data = image()
+    found = {one.path: one.inode for one in erofs.entries(reader(data))}
+    assert len(found) == 402 + 5
+    assert "models/many" in found
+    for number in (0, 1, 399):
+        inode = found[f"models/many/{'n' * 30}{number}"]
+        content = b"".join(data[at : at + size] for at, size in inode.extents)
+        assert content == b"x" * number
+
+
+def reader(data: bytes) -> erofs.Read:
+    return lambda at, size: data[at : at + size]
+
+
+@given(st.integers(1024, 65535), st.integers(1, 255))
+def test_a_damaged_image_is_listed_or_refused_but_never_a_crash(offset, flip):
+    data = bytearray(image())
+    data[offset % len(data)] ^= flip
+    try:
+        found = list(erofs.entries(reader(bytes(data))))
+    except DataError:
+        return
+    paths = [one.path for one in found]
+    assert not any(
+        part in ("", ".", "..") for path in paths for part in path.split("/")
+    )

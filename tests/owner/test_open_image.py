@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -206,3 +208,39 @@ def test_a_link_to_the_image_is_followed_for_the_owner(model, tmp_path):
     os.mkfifo(tmp_path / "fifo")
     with pytest.raises(BadHeaderError):
         list(extract.files(tmp_path / "fifo", made.bundle))
+
+
+@pytest.mark.root
+def test_a_full_disk_leaves_nothing(model, tmp_path):
+    made = make(model, tmp_path / "out")
+    small = tmp_path / "small"
+    small.mkdir()
+    argv = ["mount", "-t", "tmpfs", "-o", "size=200k", "none", small]
+    subprocess.run(argv, check=True)
+    try:
+        with pytest.raises(HostError, match="No space left on device"):
+            extract.extract(tmp_path / "out/m.img", made.bundle, small / "back", quiet)
+        assert names(small) == []
+    finally:
+        subprocess.run(["umount", small], check=True)
+
+
+@pytest.mark.root
+def test_any_user_can_open_an_image(model, tmp_path):
+    make(model, tmp_path / "out")
+    place = Path("/var/tmp") / f"tdxd-open-{os.getpid()}"
+    place.mkdir()
+    try:
+        for name in ("m.img", "m.bundle"):
+            shutil.copyfile(tmp_path / "out" / name, place / name)
+            os.chown(place / name, 65534, 65534)
+        os.chown(place, 65534, 65534)
+        argv = [sys.executable, "-m", "tdxd.cli.tdx_seal", "open", str(place / "m.img")]
+        argv += ["--bundle", str(place / "m.bundle"), "--extract", str(place / "back")]
+        nobody = {"user": 65534, "group": 65534, "extra_groups": []}
+        root = Path(__file__).parents[2]
+        subprocess.run(argv, cwd=root, check=True, capture_output=True, **nobody)  # type: ignore[call-overload]
+        assert tree_of(place / "back") == tree_of(model)
+        assert (place / "back/tls/server.pem").stat().st_uid == 65534
+    finally:
+        shutil.rmtree(place)

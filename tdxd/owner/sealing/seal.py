@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import subprocess
 from pathlib import Path
@@ -20,6 +21,9 @@ from tdxd.owner.sealing.image import (
 from tdxd.owner.sealing.survey import survey
 
 __all__ = ["SealRequest", "Sealed", "seal_directory"]
+
+_NOT_FOUND = 127
+"""What setpriv ends with, as a shell does, if there is no such program."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,17 +57,7 @@ def _make_file_system(request: SealRequest, plain: int) -> None:
     options = ("-x-1", "-T0", f"-U{uuid}", "--all-root", "--quiet")
     # An absolute path cannot be taken for an option.
     source = str(request.directory.absolute())
-    command = ["mkfs.erofs", *options, target, source]
-    try:
-        made = subprocess.run(
-            command, pass_fds=(plain,), capture_output=True, check=False
-        )
-    except FileNotFoundError as exc:
-        hint = "install erofs-utils"
-        raise HostError("run", "mkfs.erofs", exc.errno or 0, hint=hint) from exc
-    if made.returncode != 0:
-        said = made.stderr.decode(errors="replace").strip()[-300:]
-        raise DataError(f"mkfs.erofs failed on {request.directory}: {said}")
+    _run_mkfs([*options, target, source], plain, request.directory)
     os.ftruncate(plain, -(-os.fstat(plain).st_size // BLOCK_BYTES) * BLOCK_BYTES)
 
     def read(offset: int, size: int) -> bytes:
@@ -74,3 +68,21 @@ def _make_file_system(request: SealRequest, plain: int) -> None:
     patch = erofs.superblock_checksum(read(0, BLOCK_BYTES))
     if patch is not None:
         os.pwrite(plain, patch[1], patch[0])
+
+
+def _run_mkfs(arguments: list[str], plain: int, directory: Path) -> None:
+    """Run mkfs.erofs, which ends when we do: it must not fill the disk after kill -9."""
+    command = ["setpriv", "--pdeathsig=KILL", "mkfs.erofs", *arguments]
+    try:
+        made = subprocess.run(
+            command, pass_fds=(plain,), capture_output=True, check=False
+        )
+    except FileNotFoundError as exc:
+        hint = "install util-linux"
+        raise HostError.of("run", "setpriv", exc, hint=hint) from exc
+    if made.returncode == _NOT_FOUND:
+        hint = "install erofs-utils"
+        raise HostError("run", "mkfs.erofs", errno.ENOENT, hint=hint)
+    if made.returncode != 0:
+        said = made.stderr.decode(errors="replace").strip()[-300:]
+        raise DataError(f"mkfs.erofs failed on {directory}: {said}")
