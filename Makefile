@@ -22,7 +22,7 @@ test: lint deb
 	$(PY) -m coverage run -m pytest -m "not tensorflow and not guest"
 	$(PY) -m coverage run -m pytest -m "tensorflow and not guest"
 	$(PY) -m coverage combine --quiet
-	$(PY) -m coverage report --skip-covered --fail-under=75
+	$(PY) -m coverage report --skip-covered --fail-under=82
 	$(PY) -m pytest -m guest tests/guest
 
 # What needs a real kernel and systemd: boots a virtual machine, one at a time, emulated in software.
