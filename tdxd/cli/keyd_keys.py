@@ -15,7 +15,7 @@ _RELOAD = "a running server takes it at its next reload: systemctl reload tdx-ke
 
 
 def add_keys_verbs(verbs: Any) -> None:
-    """Add `keys` and `reload`."""
+    """Add `keys`, `rotate-kek` and `reload`."""
     parser = verbs.add_parser("keys", help="show and rotate the server's own keys")
     keys = parser.add_subparsers(metavar="VERB", required=True)
     add_kek(
@@ -45,6 +45,18 @@ def add_keys_verbs(verbs: Any) -> None:
         )
     add_kek(signing)
 
+    _add_rotate_kek_and_reload(verbs)
+
+
+def _add_rotate_kek_and_reload(verbs: Any) -> None:
+    add_kek(
+        add_verb(
+            verbs,
+            "rotate-kek",
+            _rotate_kek,
+            "make a new key-encryption key, put the whole store under it, destroy the old",
+        )
+    )
     reload_parser = verbs.add_parser(
         "reload",
         help="let a running server read its configuration and keys again",
@@ -99,12 +111,31 @@ def _rotate_token(options: argparse.Namespace) -> int:
     from tdxd.owner.store.store import Store
 
     with Store.open(options.store, options.kek) as store:
-        key_id = rotate_token_key(
-            options.store, store, now_s(), os.urandom, kek_file=options.kek
-        )
+        key_id = rotate_token_key(options.store, store, now_s(), os.urandom)
     if options.json:
         return print_json({"key_id": key_id.hex()})
     print(f"made token key {key_id.hex()}; every server seals with it in {PUBLISH_S} s")
+    return 0
+
+
+def _rotate_kek(options: argparse.Namespace) -> int:
+    from tdxd.owner.store.rotation import rotate_kek
+
+    done = rotate_kek(options.store, now_s(), os.urandom, kek_file=options.kek)
+    if options.json:
+        return print_json(
+            {
+                "kek_sha256": done.key_id,
+                "finished": done.finished,
+                "scrubbed": done.scrubbed,
+            }
+        )
+    if done.finished:
+        print("finished the rotation that was cut short; run it again for another key")
+    print(f"the store is under the key-encryption key sha256:{done.key_id}")
+    print("a running server answers nobody until: systemctl reload tdx-keyd")
+    if not done.scrubbed:
+        print("the database's log still has old rows: it is emptied when nobody reads")
     return 0
 
 

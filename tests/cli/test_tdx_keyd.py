@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -384,3 +385,22 @@ def test_help_starts_fast_without_heavy_imports():
     )
     assert done.returncode == 0
     assert b"usage: tdx-keyd" in done.stdout
+
+
+def test_key_encryption_key_is_rotated(keyd, store, tmp_path):
+    before = (store / "kek.private").read_bytes()
+    out = keyd("rotate-kek", store)
+    assert "systemctl reload tdx-keyd" in out
+    assert (store / "kek.private").read_bytes() != before
+    kept = (store / "kek.private").rename(tmp_path / "kek")
+    done = json.loads(keyd("rotate-kek", store, "--kek", kept, "--json"))
+    public = (store / "kek.public").read_bytes()
+    assert done == {
+        "kek_sha256": hashlib.sha256(public).hexdigest(),
+        "finished": False,
+        "scrubbed": True,
+    }
+    keyd("audit", "verify", store, "--kek", kept)
+    rows = json.loads(keyd("audit", "show", store, "--json"))
+    assert [row["decision"] for row in rows] == ["kek-rotated"] * 2
+    assert "kek.private is missing" in keyd("rotate-kek", store, code=78)

@@ -569,7 +569,7 @@ def test_product_config_digest() -> None:
 
 def test_product_kek_and_token_key(tmp_path: Path) -> None:
     kek.create_kek(tmp_path, Secret(raw(KEK["seed"])))
-    pair = kek.read_kek(tmp_path)
+    pair = kek.read_kek(tmp_path / "kek.private")
     wrapped, volume_id = raw(KEK["wrapped"]), KEK["volume_id"]
     opened = kek.unwrap(pair, wrapped, volume_id, KEK["generation"])
     assert opened.encode() == raw(KEK["bundle"])

@@ -35,7 +35,7 @@ class Replica:
         self.now_s = now_s
         self.keys = TokenKeys(
             self.store,
-            read_kek(directory),
+            read_kek(directory / "kek.private"),
             rotate_s=DAY_S,
             clock=lambda: self.now_s,
             random_bytes=os.urandom,
@@ -134,7 +134,9 @@ def test_new_key_is_learnt_before_the_next_refresh(directory, replicas):
     for one in replicas:
         one.token()
     key = os.urandom(32)
-    row = wrap_token_key(read_kek(directory).public, key, int(first.now_s))
+    row = wrap_token_key(
+        read_kek(directory / "kek.private").public, key, int(first.now_s)
+    )
     with first.store.transaction() as change:
         change.add_token_key(row)
     claims = protocol.TokenClaims(nonce=bytes(32), expiry_s=0, deployment=bytes(16))
@@ -173,7 +175,9 @@ def test_row_of_somebody_with_the_public_half_only_is_no_key(directory, replicas
     first, _ = replicas
     first.token()
     key = os.urandom(32)
-    row = wrap_token_key(read_kek(directory).public, key, int(first.now_s))
+    row = wrap_token_key(
+        read_kek(directory / "kek.private").public, key, int(first.now_s)
+    )
     first.store._sqlite.execute(
         "INSERT INTO token_keys (key_id, wrapped, made_at_s, mac) VALUES (?, ?, ?, ?)",
         (row.key_id, row.wrapped, row.made_at_s, bytes(32)),
@@ -186,7 +190,7 @@ def test_row_of_somebody_with_the_public_half_only_is_no_key(directory, replicas
 
 def test_wrapped_key_under_another_id_or_time_is_not_opened(directory, replicas):
     first, _ = replicas
-    kek = read_kek(directory)
+    kek = read_kek(directory / "kek.private")
     good = wrap_token_key(kek.public, os.urandom(32), 1000)
     other = wrap_token_key(kek.public, os.urandom(32), 1000)
     assert first.keys._open(good) is not None

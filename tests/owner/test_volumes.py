@@ -20,7 +20,7 @@ def owner(tmp_path):
 
 @pytest.fixture
 def volumes(owner):
-    return Volumes(owner.store, read_kek(owner.directory))
+    return Volumes(owner.store, read_kek(owner.directory / "kek.private"))
 
 
 def test_state_of_a_volume_and_of_none(owner, volumes):

@@ -48,9 +48,10 @@ _DIFFERENT = 4
 class AuditRecord:
     """One decision on one volume, with every check; `seq` is 0 before it is stored.
 
-    `decision` is "released", "denied", or "rollback" where the owner accepted that older records
-    are lost. Digests are hex of what the request carried, "" where there was none; that of the
-    quote tells which bytes were judged and is no identity of the guest: a quote has many encodings.
+    `decision` is "released", "denied", "rollback" where the owner accepted that older records
+    are lost, or "kek-rotated" where the whole store was put under another key. Digests are hex of
+    what the request carried, "" where there was none; that of the quote tells which bytes were
+    judged and is no identity of the guest: a quote has many encodings.
     """
 
     seq: int = 0

@@ -15,14 +15,9 @@ from tdxd.owner.audit.checkpoint import Checkpoint
 from tdxd.owner.audit.checkpoint_compare import ROLLBACK, behind_checkpoint
 from tdxd.owner.audit.quota import quota_troubles
 from tdxd.owner.audit.record import GENESIS, AuditRecord, chain_hash, parse_record
-from tdxd.owner.store.check import (
-    generation_troubles,
-    policy_trouble,
-    token_key_troubles,
-)
+from tdxd.owner.store.check import row_troubles
 from tdxd.owner.store.database import schema_troubles
 from tdxd.owner.store.key import StoreKey
-from tdxd.owner.store.rows import read_generations, read_policy, read_token_keys
 from tdxd.owner.store.seal import Seal, SealedState, StoreIntegrityError
 from tdxd.owner.store.state import State
 from tdxd.owner.store.store import Store
@@ -31,9 +26,6 @@ __all__ = ["Verified", "verify"]
 
 _ROLLBACK_BYTES = ROLLBACK.encode()
 _CHAIN = "SELECT seq, record, hash, denial_id FROM audit ORDER BY seq"
-_IDS = (
-    "SELECT volume_id FROM policies UNION SELECT volume_id FROM generations ORDER BY 1"
-)
 _SHOWN_MAX = 50
 
 
@@ -78,7 +70,7 @@ def verify(
         if seal is not None:
             troubles += chain.ends(seal)
         if state is not None and key is not None:
-            troubles += _few(_rows(sqlite, key, state))
+            troubles += _few(row_troubles(sqlite, key, state))
         if thorough:
             troubles += _few(quota_troubles(sqlite))
         behind = []
@@ -183,17 +175,6 @@ def _sealed(
         return seal, sealed.state(seal), []
     except StoreIntegrityError as exc:
         return seal, None, [exc.message]
-
-
-def _rows(sqlite: sqlite3.Connection, key: StoreKey, state: State) -> Iterator[str]:
-    stored = {row[0] for row in sqlite.execute(_IDS)}
-    for name in sorted({*stored, *state.policies, *state.generations}, key=str):
-        trouble = policy_trouble(key, state, name, read_policy(sqlite, name))
-        if trouble:
-            yield trouble
-        rows = read_generations(sqlite, name)
-        yield from generation_troubles(key, state, name, rows)
-    yield from token_key_troubles(key, state, read_token_keys(sqlite))
 
 
 def _few(troubles: Iterator[str]) -> Iterator[str]:

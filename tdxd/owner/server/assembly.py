@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import structlog
+
 from tdxd.owner.appraisal.judge import Judge
 from tdxd.owner.audit.guard import opened_audit
 from tdxd.owner.audit.record import AuditRecord
@@ -20,11 +22,13 @@ from tdxd.owner.server.keyd import Keyd, Signer
 from tdxd.owner.server.rpc_server import RpcServer
 from tdxd.owner.server.signing_keys import read_signing_keys
 from tdxd.owner.server.token_keys import TokenKeys
-from tdxd.owner.store.kek import read_kek
 from tdxd.owner.store.store import Store
 from tdxd.owner.store.volumes import Volumes
 
 __all__ = ["make_keyd", "opened_server"]
+
+
+_log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
 
 @contextlib.contextmanager
@@ -41,9 +45,7 @@ def opened_server(
         opened_audit(directory, config, store) as hooks,
     ):
         yield RpcServer(
-            make_keyd(
-                directory, config, store, kek_file=kek_file, on_records=hooks.tell
-            ),
+            make_keyd(directory, config, store, on_records=hooks.tell),
             read_tls(directory),
             config.limits.share(workers),
             share_port=True,
@@ -55,7 +57,6 @@ def make_keyd(
     config: KeydConfig,
     store: Store,
     *,
-    kek_file: Path | None = None,
     clock: Callable[[], float] = time.time,
     on_records: Callable[[Sequence[AuditRecord]], None] = lambda _records: None,
 ) -> Keyd:
@@ -63,7 +64,12 @@ def make_keyd(
 
     Raises: ConfigError, HostError.
     """
-    kek = read_kek(directory, kek_file)
+    kek = store.kek()
+    if kek.unfinished:
+        _log.warning(
+            "kek.rotation_unfinished",
+            hint="the old key is still there: run tdx-keyd rotate-kek once more",
+        )
     token_keys = TokenKeys(
         store,
         kek,

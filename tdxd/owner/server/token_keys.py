@@ -32,6 +32,7 @@ __all__ = [
     "RETAIN_S",
     "TokenKeys",
     "drop_before_s",
+    "open_token_key",
     "rotate_token_key",
     "wrap_token_key",
 ]
@@ -63,6 +64,19 @@ def wrap_token_key(public: bytes, key: bytes, made_at_s: int) -> TokenKeyRow:
     return TokenKeyRow(key_id=key_id, wrapped=wrapped, made_at_s=made_at_s)
 
 
+def open_token_key(kek: hpke.KeyPair, row: TokenKeyRow) -> bytes:
+    """Open what `wrap_token_key` made, for the very id and time that it was made for.
+
+    Raises: DataError.
+    """
+    what = f"token key {row.key_id.hex()}"
+    info = _info(row.key_id, row.made_at_s)
+    key = hpke.open_sealed(row.wrapped, kek.private, info, error=DataError, what=what)
+    if len(key) != TOKEN_KEY_BYTES or token_key_id(key) != row.key_id:
+        raise DataError(f"{what} holds another key")
+    return key
+
+
 def drop_before_s(made_at_s: Sequence[int], now_s: float) -> int:
     """Return the time before which keys can go: those made at `made_at_s` are all there are."""
     ripe = [made for made in made_at_s if made <= now_s - RETAIN_S]
@@ -74,8 +88,6 @@ def rotate_token_key(
     store: Store,
     now_s: int,
     random_bytes: Callable[[int], bytes],
-    *,
-    kek_file: Path | None = None,
 ) -> bytes:
     """Make a new key, and drop those that no token can name any more; return its id.
 
@@ -83,7 +95,7 @@ def rotate_token_key(
     """
     return _add(
         store,
-        read_public(directory, kek_file),
+        read_public(directory, store.kek()),
         random_bytes(TOKEN_KEY_BYTES),
         now_s,
         [row.made_at_s for row in store.token_keys()],
@@ -167,17 +179,10 @@ class TokenKeys:
         self._keys = tuple(one for one in opened if one is not None)
 
     def _open(self, row: TokenKeyRow) -> _Key | None:
-        what = f"token key {row.key_id.hex()}"
-        info = _info(row.key_id, row.made_at_s)
         try:
-            key = hpke.open_sealed(
-                row.wrapped, self._kek.private, info, error=DataError, what=what
-            )
+            key = open_token_key(self._kek, row)
         except DataError as exc:
             _log.error("token_key.unusable", key=row.key_id.hex(), error=exc.message)
-            return None
-        if len(key) != TOKEN_KEY_BYTES or token_key_id(key) != row.key_id:
-            _log.error("token_key.unusable", key=row.key_id.hex(), error="wrong key")
             return None
         return _Key(key=key, key_id=row.key_id, made_at_s=row.made_at_s)
 

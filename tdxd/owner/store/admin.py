@@ -15,7 +15,13 @@ from tdxd.owner.server.config import read_config
 from tdxd.owner.store.kek import read_public, wrap
 from tdxd.owner.store.store import GenerationRow, Store
 
-__all__ = ["add_bundle", "known_volume", "remove_volume", "set_policy"]
+__all__ = [
+    "add_bundle",
+    "export_change",
+    "known_volume",
+    "remove_volume",
+    "set_policy",
+]
 
 
 def add_bundle(
@@ -34,19 +40,19 @@ def add_bundle(
     """
     bundle = KeyBundle.parse(read_bytes(bundle_file), source=str(bundle_file))
     text = None if policy_file is None else _policy_text(policy_file)
-    with bundle.secret:
-        manifest = bundle.manifest
+    manifest = bundle.manifest
+    with bundle.secret, _changing(directory, kek_file, now_s) as store:
         row = GenerationRow(
             volume_id=manifest.volume_id,
             generation=manifest.generation,
-            wrapped=wrap(read_public(directory, kek_file), bundle),
+            wrapped=wrap(read_public(directory, store.kek()), bundle),
             manifest_sha256=manifest.digest().hex(),
             added_at_s=now_s,
         )
-    with _changing(directory, kek_file, now_s) as store, store.transaction() as change:
-        change.add_generation(row)
-        if text is not None:
-            change.set_policy(row.volume_id, text, now_s)
+        with store.transaction() as change:
+            change.add_generation(row)
+            if text is not None:
+                change.set_policy(row.volume_id, text, now_s)
     return row
 
 
@@ -107,6 +113,14 @@ def _changing(directory: Path, kek_file: Path | None, now_s: int) -> Iterator[St
     with Store.open(directory, kek_file) as store:
         check_for_change(directory, read_config(directory), store)
         yield store
+    export_change(directory, kek_file, now_s)
+
+
+def export_change(directory: Path, kek_file: Path | None, now_s: int) -> None:
+    """Export the checkpoint of a change that stands, where that is configured.
+
+    Raises: UnavailableError, saying so.
+    """
     try:
         export_after_change(directory, kek_file, now_s)
     except TdxdError as exc:

@@ -27,6 +27,7 @@ from tdxd.owner.audit.verify import verify
 from tdxd.owner.server.config import CONFIG_NAME, KeydConfig, read_config
 from tdxd.owner.store.database import DATABASE_NAME, converted
 from tdxd.owner.store.kek import PRIVATE_NAME
+from tdxd.owner.store.rotation_lock import rotation_locked
 from tdxd.owner.store.store import Store
 
 __all__ = ["Restored", "make_backup", "restore_backup"]
@@ -68,7 +69,7 @@ def make_backup(
     if os.path.lexists(file):
         raise ConfigError(f"{file} exists already", hint="name a new file")
     config = read_config(directory)
-    with _beside(file) as work:
+    with _beside(file) as work, rotation_locked(directory, exclusive=False):
         _copy_database(directory / DATABASE_NAME, work / DATABASE_NAME)
         with Store.open(work, kek_file or directory / PRIVATE_NAME) as copy:
             _, made, signed = make_exports(directory, config, copy).current(now_s)
@@ -244,7 +245,8 @@ def _checked(directory: Path, kek_file: Path | None) -> Restored:
     if found.troubles:
         raise DataError(
             f"the backup is not whole: {found.troubles[0]}",
-            hint="use an older backup",
+            hint="use an older backup; or, if tdx-keyd rotate-kek ran after it, name the "
+            "key-encryption key of its time: --kek FILE",
         )
     (directory / _CHECKPOINT).unlink()
     return Restored(records=found.records, missing=missing, checkpoint=checkpoint)

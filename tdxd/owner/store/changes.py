@@ -9,14 +9,14 @@ from __future__ import annotations
 import dataclasses
 import hmac
 import sqlite3
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import sqlalchemy as sa
 
 from tdxd.errors import DataError
 from tdxd.owner.audit.record import AuditRecord, chain_hash, encode_record
-from tdxd.owner.store.check import policy_trouble
+from tdxd.owner.store.check import policy_trouble, row_troubles, stored_ids
 from tdxd.owner.store.key import StoreKey
 from tdxd.owner.store.rows import (
     GenerationRow,
@@ -24,7 +24,9 @@ from tdxd.owner.store.rows import (
     Row,
     TokenKeyRow,
     authentic,
+    read_generations,
     read_policy,
+    read_token_keys,
     row_mac,
 )
 from tdxd.owner.store.schema import GENERATIONS, META, POLICIES, TOKEN_KEYS
@@ -204,9 +206,12 @@ class Transaction:
         name = row.key_id.hex()
         if name in self._changing().token_keys:
             raise DataError(f"token key {name} is in the store")
+        self._put_token_key(row)
+
+    def _put_token_key(self, row: TokenKeyRow) -> None:
         row = dataclasses.replace(row, mac=row_mac(self._key, row))
         self._replace(TOKEN_KEYS, row)
-        self._changing().token_keys[name] = row.mac
+        self._changing().token_keys[row.key_id.hex()] = row.mac
 
     def drop_token_keys(self, before_s: int) -> int:
         """Remove the token keys that were made before a time; return how many went."""
@@ -219,6 +224,35 @@ class Transaction:
             mine = TOKEN_KEYS.c.key_id == row.key_id
             self._connection.execute(TOKEN_KEYS.delete().where(mine))
         return len(rows)
+
+    # --- all of it under another key ------------------------------------------
+
+    def rows(self) -> tuple[Row, ...]:
+        """Return every row under the seal, each as it was sealed."""
+        state = self.state()
+        for trouble in row_troubles(self._sqlite, self._key, state):
+            raise StoreIntegrityError(trouble)
+        found: list[Row] = []
+        for name in stored_ids(self._sqlite, state):
+            policy = read_policy(self._sqlite, name)
+            found += [policy] if policy else []
+            found += read_generations(self._sqlite, name)
+        return (*found, *read_token_keys(self._sqlite))
+
+    def remake(self, rows: Iterable[Row], key: StoreKey) -> None:
+        """Put rows in place of those of the same names, under a key that seals from now on.
+
+        They must be all that `rows` returns: what is left under the old key is a row edited.
+        """
+        self._changing()
+        self._key = key
+        for row in rows:
+            if isinstance(row, PolicyRow):
+                self.put_policy(row)
+            elif isinstance(row, GenerationRow):
+                self._put_generation(row)
+            else:
+                self._put_token_key(row)
 
     # --- releases -------------------------------------------------------------
 

@@ -7,6 +7,7 @@ that tdx-keyd made it, the second that it still stands.
 from __future__ import annotations
 
 import hmac
+import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -17,10 +18,42 @@ from tdxd.owner.store.rows import (
     Row,
     TokenKeyRow,
     authentic,
+    read_generations,
+    read_policy,
+    read_token_keys,
 )
 from tdxd.owner.store.state import State
 
-__all__ = ["generation_troubles", "policy_trouble", "token_key_troubles"]
+__all__ = [
+    "generation_troubles",
+    "policy_trouble",
+    "row_troubles",
+    "stored_ids",
+    "token_key_troubles",
+]
+
+_IDS = (
+    "SELECT volume_id FROM policies UNION SELECT volume_id FROM generations ORDER BY 1"
+)
+
+
+def stored_ids(sqlite: sqlite3.Connection, state: State) -> list[str]:
+    """Return the ids of all volumes that a row or the state knows, sorted."""
+    stored = {row[0] for row in sqlite.execute(_IDS)}
+    return sorted({*stored, *state.policies, *state.generations}, key=str)
+
+
+def row_troubles(
+    sqlite: sqlite3.Connection, key: StoreKey, state: State
+) -> Iterator[str]:
+    """Say what is wrong with any row under the seal."""
+    for name in stored_ids(sqlite, state):
+        trouble = policy_trouble(key, state, name, read_policy(sqlite, name))
+        if trouble:
+            yield trouble
+        rows = read_generations(sqlite, name)
+        yield from generation_troubles(key, state, name, rows)
+    yield from token_key_troubles(key, state, read_token_keys(sqlite))
 
 
 def policy_trouble(

@@ -49,6 +49,8 @@ def _set_pragmas(connection: Any, _record: object) -> None:
         # Source: https://www.sqlite.org/security.html, "Untrusted SQLite Database Files".
         "trusted_schema=OFF",
         "cell_size_check=ON",
+        # What is deleted or replaced, a secret under an old key perhaps, is gone from the pages.
+        "secure_delete=ON",
     ):
         connection.execute(f"PRAGMA {pragma}").close()
 

@@ -2,13 +2,18 @@
 
 Bundles lie in the database sealed to it, bound to their volume id and generation, so whoever writes
 to the database can neither read a secret nor put one in another's place. Its private half also
-authenticates the rows (`store_key`): to open a secret and to put one into the store need it both.
+authenticates the rows (`key`): to open a secret and to put one into the store need it both.
+
+While one key follows another (`rotation`) there are two files. Which of them is the store's is
+decided by the database alone: the key that its seal is authentic under.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import errno
+import hashlib
+import os
 from pathlib import Path
 
 from tdxd.core import hpke
@@ -24,9 +29,9 @@ __all__ = [
     "PUBLIC_NAME",
     "Kek",
     "create_kek",
+    "next_path",
     "read_kek",
     "read_public",
-    "read_store_key",
     "unwrap",
     "wrap",
 ]
@@ -50,28 +55,34 @@ def create_kek(directory: Path, seed: Secret) -> None:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Kek(hpke.KeyPair):
-    """The pair, and the key that authenticates the store's rows."""
+    """The pair, and the key that authenticates the store's rows.
+
+    `unfinished`: it is the store's key already, but its file has not taken the old one's place.
+    """
 
     store_key: StoreKey
+    unfinished: bool = False
+
+    @property
+    def key_id(self) -> str:
+        """The SHA-256 of the public half in hex: what tells one from another in the audit log."""
+        return hashlib.sha256(self.public).hexdigest()
 
 
-def read_kek(directory: Path, file: Path | None = None) -> Kek:
-    """Read the private half of a store directory, or the one in `file`.
+def next_path(path: Path) -> Path:
+    """Return where the key that follows the one of a file lies: beside it, on its file system."""
+    real = Path(os.path.realpath(path))
+    return real.with_name(f"{real.stem}.next{real.suffix}")
+
+
+def read_kek(path: Path) -> Kek:
+    """Read a file that holds the private half.
 
     Raises: HostError, ConfigError for a wrong size or a file that others may read.
     """
-    with _read_seed(file or directory / PRIVATE_NAME) as seed:
+    with _read_seed(path) as seed:
         pair = hpke.key_pair(seed)
         return Kek(private=pair.private, public=pair.public, store_key=StoreKey(seed))
-
-
-def read_store_key(path: Path) -> StoreKey:
-    """Derive the store's key from a file that holds the private half.
-
-    Raises: HostError, ConfigError.
-    """
-    with _read_seed(path) as seed:
-        return StoreKey(seed)
 
 
 def _read_seed(path: Path) -> Secret:
@@ -89,7 +100,7 @@ def _read_seed(path: Path) -> Secret:
     return Secret(raw)
 
 
-def read_public(directory: Path, kek_file: Path | None = None) -> bytes:
+def read_public(directory: Path, kek: Kek) -> bytes:
     """Return the public half, to seal secrets to: the private one vouches for it.
 
     Who writes to the database may well be able to write the file, too.
@@ -97,13 +108,12 @@ def read_public(directory: Path, kek_file: Path | None = None) -> bytes:
     Raises: HostError, ConfigError.
     """
     path = directory / PUBLIC_NAME
-    public = read_kek(directory, kek_file).public
-    if read_bytes(path) != public:
+    if read_bytes(path) != kek.public and not kek.unfinished:
         raise ConfigError(
-            f"{path} is not the public half of {kek_file or directory / PRIVATE_NAME}",
+            f"{path} is not the public half of the key-encryption key",
             hint="nothing was sealed to it; who put it there? a backup has the right one",
         )
-    return public
+    return kek.public
 
 
 def wrap(public: bytes, bundle: KeyBundle) -> bytes:

@@ -23,7 +23,13 @@ from tdxd.owner.audit.record import GENESIS
 from tdxd.owner.store.key import StoreKey
 from tdxd.owner.store.state import State
 
-__all__ = ["Seal", "SealedState", "StoreIntegrityError"]
+__all__ = [
+    "Seal",
+    "SealNotAuthenticError",
+    "SealedState",
+    "StoreIntegrityError",
+    "is_sealed_with",
+]
 
 _SEAL = (
     "SELECT id, revision, seq, head, state_sha256, "
@@ -46,6 +52,10 @@ class StoreIntegrityError(ConfigError):
 
     def __init__(self, message: str, *, hint: str = _RECOVER) -> None:
         super().__init__(message, hint=hint)
+
+
+class SealNotAuthenticError(StoreIntegrityError):
+    """The seal is not one of the key-encryption key that this process has read."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +100,18 @@ class Seal:
         return key.mac("seal", self.columns())
 
 
+def is_sealed_with(sqlite: sqlite3.Connection, key: StoreKey) -> bool:
+    """Say whether a database's seal is authentic under a key.
+
+    Raises: sqlite3.Error.
+    """
+    rows = sqlite.execute(_SEAL).fetchall()
+    if [row[0] for row in rows] != [1]:
+        return False
+    _, *columns, mac = rows[0]
+    return _authentic(Seal.of(columns), mac, key)
+
+
 class SealedState:
     """Reads and writes seal and state of one connection, and remembers how far it has seen them."""
 
@@ -114,9 +136,9 @@ class SealedState:
             raise StoreIntegrityError("the store's seal is malformed: not authentic")
         mine = rows[0] == self._made
         if key is not None and not mine and not _authentic(seal, mac, key):
-            raise StoreIntegrityError(
+            raise SealNotAuthenticError(
                 f"the store's seal (revision {seal.revision}, audit record {seal.seq}) is not "
-                "authentic"
+                "authentic under this key-encryption key"
             )
         self._never_back(seal)
         return seal

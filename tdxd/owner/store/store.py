@@ -18,7 +18,7 @@ from typing import Any, Self, cast
 import sqlalchemy as sa
 
 from tdxd.core.decode import plain
-from tdxd.errors import ConfigError
+from tdxd.errors import ConfigError, TdxdError, UnavailableError
 from tdxd.owner.audit.record import AuditRecord, parse_record
 from tdxd.owner.store.changes import Transaction
 from tdxd.owner.store.check import (
@@ -27,7 +27,7 @@ from tdxd.owner.store.check import (
     token_key_troubles,
 )
 from tdxd.owner.store.database import DATABASE_NAME, converted, make_engine
-from tdxd.owner.store.kek import PRIVATE_NAME, read_store_key
+from tdxd.owner.store.kek import PRIVATE_NAME, Kek, next_path, read_kek
 from tdxd.owner.store.key import StoreKey
 from tdxd.owner.store.rows import (
     GenerationRow,
@@ -38,12 +38,19 @@ from tdxd.owner.store.rows import (
     read_token_keys,
 )
 from tdxd.owner.store.schema import METADATA, SCHEMA_VERSION
-from tdxd.owner.store.seal import Seal, SealedState, StoreIntegrityError
+from tdxd.owner.store.seal import (
+    Seal,
+    SealedState,
+    SealNotAuthenticError,
+    StoreIntegrityError,
+    is_sealed_with,
+)
 from tdxd.owner.store.state import State
 
 __all__ = [
     "AuditRecord",
     "GenerationRow",
+    "KekRotatedError",
     "PolicyRow",
     "SealedVolume",
     "Store",
@@ -59,6 +66,19 @@ _AUDIT = "SELECT seq, record FROM audit {where} ORDER BY seq DESC LIMIT ?"
 _LINES = "SELECT seq, record, hash FROM audit WHERE seq > ? ORDER BY seq LIMIT 500"
 _DENIED = "WHERE denial_id IS NOT NULL"
 _DENIAL = "SELECT seq, record FROM audit WHERE denial_id = ?"
+
+
+class KekRotatedError(UnavailableError):
+    """This process has read a key-encryption key that is not the store's any more."""
+
+    code = "kek-rotated"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the store's key-encryption key was rotated after this process read it",
+            hint="a server takes the new one at its reload: systemctl reload tdx-keyd; a verb "
+            "when it is run again",
+        )
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +110,7 @@ class Store:
         )
         self._path = Path(engine.url.database or "")
         self._kek_file = kek_file
-        self._key: StoreKey | None = None
+        self._kek: Kek | None = None
         self._sealed = SealedState(self._sqlite)
         self._lock = threading.Lock()
 
@@ -103,12 +123,12 @@ class Store:
         path = directory / DATABASE_NAME
         if path.exists():
             raise ConfigError(f"{path} exists already")
-        key = read_store_key(directory / PRIVATE_NAME)
+        kek = read_kek(directory / PRIVATE_NAME)
         with converted(path):
             engine = make_engine(path)
             METADATA.create_all(engine)
             store = cls(engine, directory / PRIVATE_NAME)
-            store._key = key
+            store._kek = kek
             with store.transaction() as change:
                 change.set_meta("schema", SCHEMA_VERSION)
                 change.make_seal()
@@ -149,23 +169,75 @@ class Store:
     def __exit__(self, *_exc: object) -> None:
         self.close()
 
+    def kek(self) -> Kek:
+        """Return the key-encryption key of the store, read once.
+
+        Raises: BusyError, HostError, ConfigError.
+        """
+        if self._kek is None:
+            self._kek = self._current_kek()
+        return self._kek
+
+    def _current_kek(self) -> Kek:
+        """Read the key that the seal is authentic under; the old file's, if it is of neither."""
+        kek, following = read_kek(self._kek_file), next_path(self._kek_file)
+        if not following.exists() or self._is_sealed_with(kek):
+            return kek
+        try:
+            other = read_kek(following)
+        except ConfigError:  # it has just taken the old one's place, or is of no use
+            return read_kek(self._kek_file)
+        if self._is_sealed_with(other):
+            return dataclasses.replace(other, unfinished=True)
+        return kek
+
+    def _is_sealed_with(self, kek: Kek) -> bool:
+        with self._lock, converted(self._path):
+            return is_sealed_with(self._sqlite, kek.store_key)
+
     def key(self) -> StoreKey:
         """Return the key that authenticates rows and seal.
 
-        Raises: HostError, ConfigError.
+        Raises: BusyError, HostError, ConfigError.
         """
-        if self._key is None:
-            self._key = read_store_key(self._kek_file)
-        return self._key
+        return self.kek().store_key
+
+    @contextlib.contextmanager
+    def _rotation_told(self) -> Iterator[None]:
+        """Tell a seal under the next key from one that somebody made up.
+
+        Raises: KekRotatedError.
+        """
+        try:
+            yield
+        except SealNotAuthenticError as exc:
+            if self._rotated():
+                raise KekRotatedError from exc
+            raise
+
+    def _rotated(self) -> bool:
+        try:
+            kek = self._current_kek()
+            return kek.public != self.kek().public and self._is_sealed_with(kek)
+        except TdxdError:
+            return False
+
+    def scrub(self) -> bool:
+        """Empty the write-ahead log, which has older states of rows; False if others read it.
+
+        Raises: BusyError, HostError.
+        """
+        rows = self._raw("PRAGMA wal_checkpoint(TRUNCATE)")
+        return not rows[0][0]
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[Transaction]:
         """Change the store: all of it or nothing, one writer at a time.
 
-        Raises: BusyError, HostError, ConfigError, StoreIntegrityError.
+        Raises: BusyError, HostError, ConfigError, StoreIntegrityError, KekRotatedError.
         """
         key = self.key()
-        with self._lock, converted(self._path):
+        with self._rotation_told(), self._lock, converted(self._path):
             self._sqlite.execute("BEGIN IMMEDIATE")
             try:
                 change = Transaction(self._connection, self._sqlite, self._sealed, key)
@@ -185,7 +257,7 @@ class Store:
 
         Raises: BusyError, HostError.
         """
-        with self._lock, converted(self._path):
+        with self._rotation_told(), self._lock, converted(self._path):
             self._sqlite.execute("BEGIN")
             try:
                 yield self._sqlite
