@@ -185,6 +185,11 @@ _MEANINGS: tuple[tuple[str, str, str], ...] = (
         "the machine's keys are kept by Intel's registration service",
         "all of the clouds' are: cached_keys = true",
     ),
+    (
+        "generations",
+        "the store has no generation that the policy lets be served",
+        "tdx-keyd add it, or change release.generations",
+    ),
     ("quota", "the releases of this hour are used up", "wait, or raise max_per_hour"),
     ("secret", "the store cannot open the key bundle", "tdx-keyd audit verify"),
 )

@@ -7,6 +7,7 @@ LP(x) is x after its length as 4 bytes big-endian; a list is its count, then LP 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
 import functools
@@ -21,7 +22,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import (
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from tdxd.core.decode import decode, decode_canonical, encode_canonical
-from tdxd.core.volume_id import check_volume_id
+from tdxd.core.volume_id import GENERATIONS_MAX, check_volume_id
 from tdxd.errors import DataError, ProtocolError, RemoteProtocolError, TdxdError
 
 __all__ = [
@@ -248,23 +249,32 @@ def decode_token(token: bytes, *, keys: Sequence[bytes]) -> TokenClaims:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Released:
-    """What the HPKE ciphertext of a verdict holds; the bundle in it is secret.
+    """What the HPKE ciphertext of a verdict holds; the bundles in it are secret.
 
     After `lease_s` seconds without another release the guest closes the volume; 0: it never has to.
+    `older` are the bundles of older generations that may be served, too, newest first.
     """
 
     bundle: bytes
     lease_s: int
+    older: tuple[bytes, ...] = ()
 
     def __post_init__(self) -> None:
+        if len(self.older) >= GENERATIONS_MAX:
+            raise ValueError(f"older has {len(self.older)} bundles")
         if not 0 <= self.lease_s <= LEASE_MAX_S:
             raise ValueError(f"lease_s {self.lease_s} is not 0 to {LEASE_MAX_S}")
 
 
-def encode_released(bundle: bytes, lease_s: int) -> bytes:
-    """Encode an encoded bundle and its lease as canonical msgpack; the result is secret."""
+def encode_released(bundle: bytes, lease_s: int, older: Sequence[bytes] = ()) -> bytes:
+    """Encode encoded bundles and their lease as canonical msgpack; the result is secret.
+
+    Without older ones their key is left out.
+    """
     assert 0 <= lease_s <= LEASE_MAX_S
-    return encode_canonical({"bundle": bundle, "lease_s": lease_s})
+    assert len(older) < GENERATIONS_MAX
+    fields: dict[str, object] = {"bundle": bundle, "lease_s": lease_s}
+    return encode_canonical({**fields, "older": list(older)} if older else fields)
 
 
 def parse_released(plain: bytes, *, error: type[TdxdError]) -> Released:
@@ -273,14 +283,16 @@ def parse_released(plain: bytes, *, error: type[TdxdError]) -> Released:
     Raises: `error`; no message shows a byte of the bundle.
     """
     source = "released bundle"
-    try:
+    # The decoder's text, and so its traceback, may show what a field holds: it is dropped.
+    with contextlib.suppress(DataError):
         value = decode_canonical(plain, source=source, max_bytes=_RELEASED_MAX_BYTES)
-        return decode(Released, value, source=source, error=DataError)
-    except DataError:  # its text, and so its traceback, may show what the field holds
-        hint = "do guest and key server have the same version?"
-        raise error(
-            "what the key server sealed is not a bundle and its lease", hint=hint
-        ) from None
+        found = decode(Released, value, source=source, error=DataError)
+        one_form = encode_released(found.bundle, found.lease_s, found.older)
+        if one_form == plain:  # it is not where an empty list stands for none
+            return found
+    hint = "do guest and key server have the same version?"
+    text = "what the key server sealed is not a bundle and its lease"
+    raise error(text, hint=hint)
 
 
 # --- the answer ---------------------------------------------------------------

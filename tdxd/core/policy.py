@@ -10,6 +10,7 @@ import dataclasses
 import datetime as dt
 import re
 import tomllib
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from tdxd.core.check import Check
@@ -17,6 +18,7 @@ from tdxd.core.decode import decode
 from tdxd.core.event_rules import EventLogRules, ReferenceLog, RuntimeRules
 from tdxd.core.quote import TD_ATTRIBUTE_BITS
 from tdxd.core.showing import LATEST_S
+from tdxd.core.volume_id import GENERATIONS_MAX
 from tdxd.errors import ConfigError
 
 __all__ = [
@@ -28,6 +30,7 @@ __all__ = [
     "Policy",
     "ReleaseRules",
     "RtmrSet",
+    "ServedGenerations",
     "TdxRules",
     "parse_policy",
 ]
@@ -190,14 +193,55 @@ class TdxRules:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ServedGenerations:
+    """Which generations of a volume guests may serve: the `newest` so many, or those of a list.
+
+    In a policy it is "current" (the newest one), a number, or the list itself. What was removed
+    from the store counts for neither.
+    """
+
+    newest: int = 1
+    listed: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.newest <= GENERATIONS_MAX:
+            text = f"{self.newest} generations are not 1 to {GENERATIONS_MAX}"
+            raise ValueError(text)
+        if len(self.listed) > GENERATIONS_MAX:
+            text = f"{len(self.listed)} generations are more than {GENERATIONS_MAX}"
+            raise ValueError(text)
+        for number in self.listed:
+            if not 1 <= number < 2**63:
+                raise ValueError(f"{number} is no generation")
+        if len(set(self.listed)) != len(self.listed):
+            raise ValueError("a generation stands there twice")
+
+    def of(self, present: Sequence[int]) -> tuple[int, ...]:
+        """Return those that may be served of the generations in the store, the newest first."""
+        ordered = sorted(present, reverse=True)
+        if self.listed:
+            return tuple(one for one in ordered if one in self.listed)
+        return tuple(ordered[: self.newest])
+
+    def __str__(self) -> str:
+        if self.listed:
+            return ", ".join(str(one) for one in sorted(self.listed, reverse=True))
+        return "current" if self.newest == 1 else f"the newest {self.newest}"
+
+
+_CURRENT = ServedGenerations()
+_CURRENT_TEXT = "current"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ReleaseRules:
-    """How often, when and what is released; `current` is the highest generation in the store.
+    """How often, when and what is released.
 
     `not_before` and `not_after` are unix seconds: releases happen in between, both included.
     `lease_s`: the guest closes the volume when it ran out without another release; None: never.
     """
 
-    generations: Literal["current"] = "current"
+    generations: ServedGenerations = _CURRENT
     max_per_hour: int | None = None
     lease_s: int | None = None
     not_before: int | None = None
@@ -268,7 +312,25 @@ def parse_policy(text: str, *, source: str = "policy") -> Policy:
             key: _seconds(f"{source}: release.{key}", value) if key in _TIMES else value
             for key, value in release.items()
         }
+        if "generations" in release:
+            where = f"{source}: release.generations"
+            found = _generations(where, release["generations"])
+            table["release"]["generations"] = found
     return decode(Policy, table, source=source)
+
+
+def _generations(where: str, value: Any) -> dict[str, Any]:
+    """Turn the three ways to write it into the fields of `ServedGenerations`."""
+    if value == _CURRENT_TEXT:
+        return {}
+    if type(value) is int:
+        return {"newest": value}
+    if isinstance(value, list) and value:
+        return {"listed": value}
+    shown = repr(value[:60]) if isinstance(value, str) else type(value).__name__
+    raise ConfigError(
+        f'{where}: expected "{_CURRENT_TEXT}", a number or a list of generations, got {shown}'
+    )
 
 
 def _seconds(where: str, value: Any) -> int:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from tdxd.core.appraisal import passes_unpinned_xfam
 from tdxd.core.decode import plain
 from tdxd.core.event_rules import ANY_VOLUME
-from tdxd.core.policy import ANY, Policy, TdxRules
+from tdxd.core.policy import ANY, Policy, ServedGenerations, TdxRules
 
 __all__ = ["Change", "diff"]
 
@@ -158,7 +158,18 @@ def _module_floor(old: str | None, new: str | None) -> Iterator[Change]:
 # --- [release] and the rest ---------------------------------------------------
 
 
+def _more_generations(old: ServedGenerations, new: ServedGenerations) -> bool:
+    if old.listed and new.listed:
+        return not set(new.listed) <= set(old.listed)
+    # Between a list and a number it depends on what the store has, now and later.
+    return bool(old.listed or new.listed) or new.newest > old.newest
+
+
 def _release(old: Policy, new: Policy) -> Iterator[Change]:
+    served = old.release.generations, new.release.generations
+    if str(served[0]) != str(served[1]):
+        looser = _more_generations(*served)
+        yield _change("release.generations", *served, looser=looser)
     for name, sign in (
         ("max_per_hour", 1),
         ("lease_s", 1),

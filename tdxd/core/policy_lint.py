@@ -105,6 +105,15 @@ def _release(rules: ReleaseRules, now_s: float) -> Iterator[Remark]:
     if rules.max_per_hour is None:
         text = "nothing limits how many guests get the key"
         yield _remark("release.max_per_hour", text, "write about twice what you need")
+    if rules.generations.listed:
+        text = "a generation that is added later is released to nobody"
+        yield _remark("release.generations", text, '"current" releases the newest one')
+    elif rules.generations.newest > 1:
+        text = (
+            "the host chooses which of them a guest opens, by the file that it offers"
+        )
+        hint = '"current", once every host has the newest image'
+        yield _remark("release.generations", text, hint)
     if rules.lease_s is None:
         text = "a running guest keeps the volume, whatever you revoke later"
         yield _remark("release.lease_s", text, "lease_s = 86400 closes it after a day")

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["check_volume_id"]
+__all__ = ["GENERATIONS_MAX", "check_volume_id"]
+
+GENERATIONS_MAX = 8
+"""How many generations of a volume one release may hold, the newest included."""
 
 _ID = re.compile(r"[a-z0-9._-]{1,64}")
 

@@ -100,4 +100,4 @@ class Attester:
 
 def _forget(answer: Leased | TdxdError) -> None:
     if isinstance(answer, Leased):
-        answer.bundle.secret.wipe()
+        answer.wipe()

@@ -202,13 +202,39 @@ class _Exchange:
             signed.sealed_bundle, key.private, info, error=BadBundleError, what=what
         )
         released = protocol.parse_released(plain, error=BadBundleError)
-        bundle = KeyBundle.parse(released.bundle, source=what, error=BadBundleError)
-        found = (bundle.manifest.volume_id, bundle.manifest.generation)
-        if found != (signed.volume_id, signed.generation):
-            bundle.secret.wipe()
-            text = f"{what} holds volume {found[0]!r} generation {found[1]}"
-            raise BadBundleError(text)
-        return Leased(bundle=bundle, lease_s=released.lease_s, sent_s=self._sent_s)
+        bundle, *older = _bundles(released, signed, what)
+        return Leased(
+            bundle=bundle,
+            older=tuple(older),
+            lease_s=released.lease_s,
+            sent_s=self._sent_s,
+        )
+
+
+def _bundles(
+    released: protocol.Released, signed: protocol.VerdictFields, what: str
+) -> list[KeyBundle]:
+    """Read the bundles of one verdict: the first is its generation's, the others older and older.
+
+    Raises: BadBundleError; then all that were read are wiped.
+    """
+    made: list[KeyBundle] = []
+    try:
+        for data in (released.bundle, *released.older):
+            bundle = KeyBundle.parse(data, source=what, error=BadBundleError)
+            made.append(bundle)
+            found = (bundle.manifest.volume_id, bundle.manifest.generation)
+            fits = found[1] == signed.generation
+            if len(made) > 1:
+                fits = found[1] < made[-2].manifest.generation
+            if found[0] != signed.volume_id or not fits:
+                text = f"{what} holds volume {found[0]!r} generation {found[1]}"
+                raise BadBundleError(text)
+    except BadBundleError:
+        for one in made:
+            one.secret.wipe()
+        raise
+    return made
 
 
 def _denial(verdict: Verdict) -> KeyReleaseError:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import trio
 
-from tdxd.core.bundle import KeyBundle, Manifest
+from tdxd.core.bundle import Manifest
 from tdxd.core.plan import Failure, LeaseSeen
 from tdxd.errors import DeniedError, KeyReleaseError, Retry, TdxdError
 from tdxd.guest.leased import Lease, Leased
@@ -117,8 +117,8 @@ class VolumeLease:
         with work:
             try:
                 leased = await self._attester.bundle(self._volume_id)
-                leased.bundle.secret.wipe()
-                self._same(leased.bundle, manifest)
+                leased.wipe()
+                self._same(leased, manifest)
             except TdxdError as exc:
                 if self._lease is lease:
                     self._failures.add(exc, left_s=self.left_s or 0.0)
@@ -136,14 +136,17 @@ class VolumeLease:
             "lease.renewed", volume=self._volume_id, lease_s=leased.lease_s
         )
 
-    def _same(self, bundle: KeyBundle, manifest: Manifest) -> None:
-        """Check that the release is of what is open.
+    def _same(self, leased: Leased, manifest: Manifest) -> None:
+        """Check that what is open is among what may be served.
 
         Raises: KeyReleaseError.
         """
-        if bundle.manifest != manifest:
-            found, have = bundle.manifest.generation, manifest.generation
-            what = f"generation {found}" if found != have else "another manifest"
+        released = [one.manifest for one in leased.bundles]
+        if manifest not in released:
+            found, have = [one.generation for one in released], manifest.generation
+            what = "another manifest"
+            if have not in found:
+                what = f"generation {', '.join(str(one) for one in found)}"
             text = f"key server releases {what} of volume {self._volume_id!r} now"
             hint = "its lease is not one of what is open, which closes when its own runs out"
             raise KeyReleaseError(f"{text}; generation {have} is open", hint=hint)

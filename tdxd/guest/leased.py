@@ -20,11 +20,25 @@ class Lease:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Leased:
-    """A released bundle. `sent_s` is when the request was sent (CLOCK_BOOTTIME)."""
+    """A released bundle, and those of older generations that may be served, too, newest first.
+
+    `sent_s` is when the request was sent (CLOCK_BOOTTIME).
+    """
 
     bundle: KeyBundle
     lease_s: int = 0
     sent_s: float = 0.0
+    older: tuple[KeyBundle, ...] = ()
+
+    @property
+    def bundles(self) -> tuple[KeyBundle, ...]:
+        """All of them, the newest first."""
+        return (self.bundle, *self.older)
+
+    def wipe(self) -> None:
+        """Wipe all secrets."""
+        for one in self.bundles:
+            one.secret.wipe()
 
     def lease(self) -> Lease | None:
         """Return its lease, to be renewed at 0.4 to 0.6 of it; `None` if it is for good."""

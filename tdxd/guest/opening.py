@@ -1,9 +1,9 @@
-"""Opens the image file of a volume, of several candidates the one that the key fits."""
+"""Opens the image file of a volume, of several candidates the one that a key fits."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from tdxd.core.bundle import KeyBundle
 from tdxd.core.config import VolumeConfig
@@ -17,22 +17,29 @@ __all__ = ["is_open", "map_first"]
 def map_first(
     mapper: Mapper,
     spec: VolumeConfig,
-    bundle: KeyBundle,
+    bundles: Sequence[KeyBundle],
     *,
     cancelled: Callable[[], bool],
 ) -> tuple[MappedVolume, str]:
-    """Try each candidate; return what was opened and the path of its file.
+    """Try each candidate with each key; return what was opened and the path of its file.
 
-    Raises: MissingError; the last candidate's error if none fits.
+    The first key comes first with all of them: an older generation is opened only if no file of a
+    newer one is there.
+
+    Raises: MissingError; the last candidate's error with the first key if none fits.
     """
     error: TdxdError = MissingError(
         f"volume {spec.id}: no file matches {spec.image}", hint="copy the image there"
     )
-    for file in images.candidates(spec.image):
-        try:
-            return mapper.map_volume(file.path, bundle, cancelled=cancelled), file.path
-        except (BadHeaderError, IntegrityError) as exc:
-            error = exc
+    files = images.candidates(spec.image)
+    for bundle in bundles:
+        for file in files:
+            try:
+                mapped = mapper.map_volume(file.path, bundle, cancelled=cancelled)
+            except (BadHeaderError, IntegrityError) as exc:
+                error = exc if bundle is bundles[0] else error
+            else:
+                return mapped, file.path
     raise error
 
 

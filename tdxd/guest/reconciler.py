@@ -68,7 +68,7 @@ class VolumeReconciler:
         self._directory = around.directory
         self._failures = around.failures("volume.failed", spec.id)
         self._in_use = in_use
-        self._bundle: KeyBundle | None = None
+        self._bundles: tuple[KeyBundle, ...] = ()
         self._stuck_until_s: float | None = None
         self._network_news = False
         """Whether a network came up since the last attempt began."""
@@ -87,7 +87,7 @@ class VolumeReconciler:
     @property
     def generation(self) -> int | None:
         """The generation that is open, or `None` while no key has told it."""
-        opened = self._bundle or self.mapped
+        opened = self._bundles[0] if self._bundles else self.mapped
         return opened.manifest.generation if opened else None
 
     @property
@@ -185,8 +185,9 @@ class VolumeReconciler:
                 return 2 * one_s * len(self._release.servers)
             case plan.Record():  # RTMR3 rests while a quote is made
                 return LONGEST_QUOTE_S
-            case plan.Map() if self._bundle is not None:
-                return self._bundle.manifest.image_bytes / _SLOWEST_BYTES_PER_S
+            case plan.Map():
+                size_bytes = sum(one.manifest.image_bytes for one in self._bundles)
+                return size_bytes / _SLOWEST_BYTES_PER_S
         return 0.0
 
     def _observe(self) -> VolumeSeen:
@@ -203,7 +204,7 @@ class VolumeReconciler:
             self._failures.add(expired, image_tag=images.tag_of(files))
         return VolumeSeen(
             image_tag=images.tag_of(files),
-            keyed=self._bundle is not None,
+            keyed=bool(self._bundles),
             mapped=self.mapped is not None,
             mounted=self.mount_point in self._host.mounts.under(self._directory),
             recorded=self.mapped is not None
@@ -250,7 +251,7 @@ class VolumeReconciler:
                 self._failures.add(exc, image_tag=tag, at_once=news)
         else:
             self._stuck_until_s = None
-        if self.mapped is None and self._bundle is None:
+        if self.mapped is None and not self._bundles:
             self.lease.end()
         self._changes.ring()
 
@@ -285,21 +286,20 @@ class VolumeReconciler:
         with trio.CancelScope() as self._work:
             await self._record.check()
             leased = await self._attester.bundle(self.spec.id)
-            self._bundle = leased.bundle
+            self._bundles = leased.bundles
             self.lease.begin(leased)
         self._work = None
 
     async def _map(self) -> None:
-        """Open the candidate that the manifest matches; the key is wiped either way."""
-        assert self._bundle is not None
-        bundle = self._bundle
+        """Open the candidate that a manifest matches; the keys are wiped either way."""
+        bundles = self._bundles
         self._stop_work.clear()
         try:
             self.mapped, self.image = await self._blocking(
                 lambda: map_first(
                     self._host.mapper,
                     self.spec,
-                    bundle,
+                    bundles,
                     cancelled=self._stop_work.is_set,
                 )
             )
@@ -320,9 +320,9 @@ class VolumeReconciler:
         self.mapped, self._doubted = None, False
 
     def _forget_key(self) -> None:
-        if self._bundle is not None:
-            self._bundle.secret.wipe()
-            self._bundle = None
+        for one in self._bundles:
+            one.secret.wipe()
+        self._bundles = ()
 
     async def _blocking(self, work: Callable[[], T]) -> T:
         """Run a call that can take long in a thread; it is never abandoned."""

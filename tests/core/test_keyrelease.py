@@ -198,6 +198,17 @@ def test_released_is_canonical_msgpack_of_two_fields():
     assert "xyz" not in repr(released)
 
 
+def test_released_with_older_generations_has_a_third_field():
+    expected = (
+        b"\x83\xa6bundle\xc4\x03xyz\xa7lease_s\xcd\x0e\x10"
+        b"\xa5older\x92\xc4\x01b\xc4\x01a"
+    )
+    assert protocol.encode_released(b"xyz", 3600, [b"b", b"a"]) == expected
+    released = protocol.parse_released(expected, error=BadBundleError)
+    assert released.older == (b"b", b"a")
+    assert "xyz" not in repr(released)
+
+
 @given(st.binary(max_size=9000), st.integers(0, protocol.LEASE_MAX_S))
 def test_released_round_trip(bundle, lease_s):
     plain = protocol.encode_released(bundle, lease_s)
@@ -218,6 +229,12 @@ def test_released_round_trip(bundle, lease_s):
         {"bundle": "xyz", "lease_s": 60},
         {"bundle": b"xyz", "lease_s": 60, "more": 1},
         {"bundle": bytes(17000), "lease_s": 60},
+        {"bundle": b"xyz", "lease_s": 60, "older": []},
+        {"bundle": b"xyz", "lease_s": 60, "older": None},
+        {"bundle": b"xyz", "lease_s": 60, "older": b"xyz"},
+        {"bundle": b"xyz", "lease_s": 60, "older": ["xyz"]},
+        {"bundle": b"xyz", "lease_s": 60, "older": [b"xyz"] * 8},
+        {"bundle": b"xyz", "older": [b"xyz"]},
         [b"xyz", 60],
     ],
 )
@@ -225,7 +242,7 @@ def test_bad_released_is_refused_and_not_shown(value):
     with pytest.raises(BadBundleError) as caught:
         protocol.parse_released(encode_canonical(value), error=BadBundleError)
     assert "xyz" not in caught.value.message
-    assert caught.value.__suppress_context__
+    assert caught.value.__context__ is None
     assert caught.value.hint
 
 

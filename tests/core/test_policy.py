@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import datetime as dt
 import json
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -242,7 +243,7 @@ def test_simulated_must_be_written():
         ("600", "0x" + "f" * 5000, "release: Exceeds the limit"),
         ('"any"', '"any"\nmin_tcb_evaluation = 0x' + "f" * 5000, "Exceeds the limit"),
         ('"any"', '"any"\nsmt = 0x' + "f" * 5000, "tdx.smt: expected true or false"),
-        ('"current"', '"all"', "release.generations: expected one of 'current'"),
+        ('"current"', '"all"', 'release.generations: expected "current", a number'),
         ("[tdx]", "[tdx", "not valid TOML"),
         ('["SEPT_VE_DISABLE"]', "[]", "has no SEPT_VE_DISABLE, so nothing could"),
         ('"any"', '"any"\nxfam = ["00"]', "xfam: '00' is not 8 bytes in hex"),
@@ -500,3 +501,47 @@ def test_a_mangled_policy_is_a_policy_or_an_error(at, new, size):
 def test_any_text_is_a_policy_or_an_error(text):
     with pytest.raises(ConfigError):
         parse_policy(text)
+
+
+def release_rules(line):
+    text = GOOD.replace('generations = "current"', line)
+    assert text != GOOD
+    return parse_policy(text).release
+
+
+@pytest.mark.parametrize(
+    ("line", "present", "served"),
+    [
+        ("generations = 1", (1, 2, 5), (5,)),
+        ("generations = 2", (1, 2, 5), (5, 2)),
+        ("generations = 8", (1, 2, 5), (5, 2, 1)),
+        ("generations = [1, 2]", (1, 2, 5), (2, 1)),
+        ("generations = [7]", (1, 2, 5), ()),
+        ("generations = 2", (), ()),
+        ("", (1, 2), (2,)),
+    ],
+)
+def test_generations_that_may_be_served(line, present, served):
+    assert release_rules(line).generations.of(present) == served
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("generations = 0", "0 generations are not 1 to 8"),
+        ("generations = 9", "9 generations are not 1 to 8"),
+        ("generations = -1", "-1 generations are not"),
+        ("generations = true", "or a list of generations, got bool"),
+        ("generations = 1.0", "got float"),
+        ("generations = []", "got list"),
+        ("generations = { newest = 2 }", "got dict"),
+        ("generations = [0]", "0 is no generation"),
+        ("generations = [1, 1]", "stands there twice"),
+        ('generations = ["1"]', "expected a whole number"),
+        ("generations = [1, 2, 3, 4, 5, 6, 7, 8, 9]", "9 generations are more than 8"),
+        (f"generations = 0x{'f' * 5000}", "release.generations"),
+    ],
+)
+def test_generations_that_say_nothing_clear(line, said):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        release_rules(line)

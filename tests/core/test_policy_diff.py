@@ -185,3 +185,39 @@ def test_references_never_loosen():
     assert [(one.path, one.kind, one.looser) for one in found] == [
         ("reference[image-1]", "added", False)
     ]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "looser"),
+    [
+        ('"current"', "2", True),
+        ("3", "2", False),
+        ("2", '"current"', False),
+        ("[1, 2]", "[2, 3]", True),
+        ("[1, 2]", "[2]", False),
+        ("[1, 2]", '"current"', True),  # the newest may be neither
+        ("2", "[1, 2]", True),
+    ],
+)
+def test_generations(old, new, looser):
+    def policy(text):
+        line = f"[release]\ngenerations = {text}\n"
+        assert "[release]\n" in BASE
+        return parse_policy(BASE.replace("[release]\n", line))
+
+    (one,) = diff(policy(old), policy(new))
+    assert (one.path, one.kind, one.looser) == (
+        "release.generations",
+        "changed",
+        looser,
+    )
+
+
+def test_generations_said_in_another_way_are_no_change():
+    def policy(text):
+        return parse_policy(BASE.replace("[release]\n", f"[release]\n{text}\n"))
+
+    plain, spelled = policy(""), policy('generations = "current"')
+    assert diff(plain, policy("generations = 1")) == diff(plain, spelled) == ()
+    lists = policy("generations = [1, 2]"), policy("generations = [2, 1]")
+    assert diff(*lists) == ()

@@ -54,6 +54,8 @@ def test_a_careful_policy_has_no_warnings():
         ("min_tcb_evaluation = 17", "", "tdx.min_tcb_evaluation"),
         ("max_per_hour = 60", "", "release.max_per_hour"),
         ("lease_s = 3600", "", "release.lease_s"),
+        ("[release]", "[release]\ngenerations = 2", "release.generations"),
+        ("[release]", "[release]\ngenerations = [3]", "release.generations"),
         ("lease_s = 3600", "lease_s = 3600\nnot_after = 2026-01-01T00:00:00Z", None),
         ('[[reference]]\nname = "image-1"', "", "reference"),
         (

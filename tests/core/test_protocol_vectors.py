@@ -72,6 +72,7 @@ REPORT = VECTORS["report_data"]
 HPKE = VECTORS["hpke"]
 REQUEST = VECTORS["request"]
 RELEASED = VECTORS["released"]
+WINDOW = VECTORS["released_window"]
 ANSWER = VECTORS["answer"]
 CONFIG = VECTORS["config_digest"]
 KEK = VECTORS["kek"]
@@ -325,6 +326,15 @@ def test_text_released() -> None:
     assert pack(fields) == raw(RELEASED["plaintext"]) == raw(HPKE["plaintext"])
 
 
+def test_text_released_window() -> None:
+    fields = {
+        "bundle": raw(WINDOW["bundle"]),
+        "lease_s": WINDOW["lease_s"],
+        "older": [raw(one) for one in WINDOW["older"]],
+    }
+    assert pack(fields) == raw(WINDOW["plaintext"])
+
+
 def test_text_answer() -> None:
     signed = lp(b"tdxd/key-release-answer/v1") + raw(ANSWER["request_sha384"])
     for one in ANSWER["verdicts"]:
@@ -534,6 +544,17 @@ def test_product_hpke_and_released() -> None:
     bundle = KeyBundle.parse(released.bundle)
     assert bundle.manifest.encode() == raw(VOLUME["manifest"])
     assert bundle.encode() == raw(RELEASED["bundle"])
+
+
+def test_product_released_window() -> None:
+    plain = raw(WINDOW["plaintext"])
+    released = protocol.parse_released(plain, error=DataError)
+    older = [raw(one) for one in WINDOW["older"]]
+    assert released.older == tuple(older)
+    assert protocol.encode_released(released.bundle, released.lease_s, older) == plain
+    bundles = [KeyBundle.parse(one) for one in (released.bundle, *released.older)]
+    assert [one.manifest.generation for one in bundles] == [3, 2, 1]
+    assert {one.manifest.volume_id for one in bundles} == {"resnet"}
 
 
 @pytest.mark.parametrize("share", VECTORS["refused_x25519"])

@@ -48,6 +48,8 @@ class Server:
     boottime_s: Callable[[], float]
     generations: dict[str, int] = dataclasses.field(default_factory=dict)
     errors: dict[str, TdxdError] = dataclasses.field(default_factory=dict)
+    older: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    """Generations that may be served besides, newest first."""
     lease_s: int = 0
     asked: list[tuple[str, ...]] = dataclasses.field(default_factory=list)
     bundles: list[object] = dataclasses.field(default_factory=list)
@@ -58,9 +60,13 @@ class Server:
         answers: dict[str, Leased | TdxdError] = {}
         for name in ids:
             made = make_bundle(name, self.generations.get(name, 1))
-            self.bundles.append(made)
+            older = [make_bundle(name, one) for one in self.older.get(name, ())]
+            self.bundles += [made, *older]
             answers[name] = self.errors.get(name) or Leased(
-                bundle=made, lease_s=self.lease_s, sent_s=self.boottime_s()
+                bundle=made,
+                lease_s=self.lease_s,
+                sent_s=self.boottime_s(),
+                older=tuple(older),
             )
         return answers
 
@@ -208,6 +214,46 @@ async def test_an_image_of_another_generation_fails_until_a_new_file_comes(
         world.image(generation=2)
         daemon.changes.ring()
         await daemon.until(state(daemon, VolumeState.MOUNTED))
+
+
+def in_window(world: World) -> Path:
+    """Files of several generations; generation 4 is the current one, 3 and 2 may be served."""
+    world.config = world.make_config("model")
+    volume = dataclasses.replace(
+        world.config.volume[0], image=str(world.directory / "model-*.img")
+    )
+    world.config = dataclasses.replace(world.config, volume=(volume,))
+    world.server.generations["model"] = 4
+    world.server.older["model"] = (3, 2)
+    for file, generation in (("a", 2), ("b", 3), ("c", 1)):
+        path = world.directory / f"model-{file}.img"
+        path.write_text(f"model@{generation}")
+    return world.directory / "model-d.img"
+
+
+async def test_the_newest_generation_that_is_there_is_opened(world: World) -> None:
+    newest = in_window(world)
+    async with world.daemon() as daemon:
+        await daemon.until(state(daemon, VolumeState.MOUNTED))
+        assert daemon.volume("model").generation == 3
+        assert daemon.volume("model").image == str(world.directory / "model-b.img")
+        assert all(one.secret.wiped for one in world.server.bundles)  # type: ignore[attr-defined]
+        assert len(world.server.bundles) == 3
+    newest.write_text("model@4")
+    async with world.daemon() as daemon:
+        await daemon.until(state(daemon, VolumeState.MOUNTED))
+        assert daemon.volume("model").generation == 4
+
+
+async def test_a_generation_before_the_window_is_refused(world: World) -> None:
+    in_window(world)
+    for file in ("a", "b"):
+        (world.directory / f"model-{file}.img").unlink()
+    async with world.daemon() as daemon:
+        await daemon.until(state(daemon, VolumeState.FAILED))
+        assert daemon.readiness()[2] == 65
+        assert world.mapper.open == {}
+        assert all(one.secret.wiped for one in world.server.bundles)  # type: ignore[attr-defined]
 
 
 async def test_one_failed_volume_does_not_hold_up_the_others(world: World) -> None:

@@ -171,6 +171,27 @@ async def test_the_lease_of_another_generation_is_not_one_of_what_is_open(
         await until_mounted(daemon)
 
 
+async def test_an_older_generation_in_the_window_is_renewed_until_it_leaves_it(
+    world: World,
+) -> None:
+    async with world.daemon() as daemon:
+        await until_mounted(daemon)
+        world.server.generations["model"], world.server.older["model"] = 2, (1,)
+        jump(world, daemon, LEASE_S * 0.7)
+        await daemon.until(lambda: "lease.renewed" in names(daemon))
+        assert lease_left_s(daemon) > LEASE_S - 10
+        assert daemon.volume("model").generation == 1
+        assert all(one.secret.wiped for one in world.server.bundles)  # type: ignore[attr-defined]
+        world.server.generations["model"], world.server.older["model"] = 3, (2,)
+        jump(world, daemon, LEASE_S * 0.7)
+        await daemon.until(lambda: "lease.not_renewed" in names(daemon))
+        shown = daemon.status()["volumes"][0]["lease_error"]
+        assert shown["message"].startswith("key server releases generation 3, 2 of")
+        jump(world, daemon, LEASE_S * 0.4)
+        await daemon.until(state(daemon, VolumeState.FAILED))
+        assert world.mapper.open == {}
+
+
 async def test_a_delayed_answer_makes_no_lease_longer(world: World) -> None:
     """The host holds the answer back: the lease runs from when it was asked for."""
     real = world.server.fetch

@@ -29,10 +29,10 @@ def test_state_of_a_volume_and_of_none(owner, volumes):
     assert (state.generation, state.policy_version, state.trouble) == (3, 1, "")
     assert state.finding.known
     assert state.finding.policy is not None
-    assert state.bundle is not None
-    assert bundle.secret.reveal() in state.bundle.reveal()
+    (released,) = state.bundles
+    assert bundle.secret.reveal() in released.reveal()
     other = volumes.state("none")
-    assert (other.finding.known, other.generation, other.bundle) == (False, 0, None)
+    assert (other.finding.known, other.generation, other.bundles) == (False, 0, ())
 
 
 def test_state_is_kept_until_it_is_of_an_older_revision(owner, volumes):
@@ -101,7 +101,7 @@ def test_rows_that_are_not_as_sealed_give_no_policy_and_no_bundle(owner, volumes
         attacker.execute("UPDATE policies SET set_at_s = 7 WHERE volume_id = 'v'")
     state = volumes.state("v")
     assert state.trouble.startswith("policy of volume 'v' version 1 was edited")
-    assert (state.bundle, state.finding.policy) == (None, None)
+    assert (state.bundles, state.finding.policy) == ((), None)
     assert state.manifests == frozenset()
     assert volumes.state("w").trouble == ""
 

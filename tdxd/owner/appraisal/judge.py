@@ -84,6 +84,7 @@ _REASONS = {
     "cached_keys": "platform",
     "platform": "platform",
     "simulated": "simulated",
+    "generations": "no-generation",
     "quota": "quota",
     "secret": "store",
 }

@@ -34,6 +34,7 @@ _HINTS = {
     "token-expired": "the quote took too long; the next attempt asks for a new token",
     "collateral-unavailable": "the key server has no valid collateral for this platform",
     "quota": "the volume's releases of this hour are used up",
+    "no-generation": "the store has none that the policy lets be served",
     "no-policy": "the owner has set no policy: tdx-keyd policy set",
     "unknown-volume": "the owner has added no such volume: tdx-keyd add",
     "simulated": "the policy does not say simulated = true",
@@ -205,8 +206,10 @@ class Keyd:
             checks = judge_volume(
                 volume_id, judgement, state.finding, self._volumes.knows
             )
+        if not reason_of(checks):
+            checks = (*checks, *_generations_checks(state))
         reason = reason_of(checks)
-        if not reason and (judgement.verified is None or state.bundle is None):
+        if not reason and (judgement.verified is None or not state.bundles):
             checks = (*checks, _sealed_check(state))
             reason = reason_of(checks)
         return _Decision(
@@ -216,6 +219,23 @@ class Keyd:
             reason=reason,
             denial_id=self._random_bytes(8).hex(),
         )
+
+
+def _generations_checks(state: VolumeState) -> tuple[Check, ...]:
+    """Say which generations are released, where that is not simply the newest one."""
+    policy = state.finding.policy
+    if policy is None or (state.served == state.present[-1:] and state.served):
+        return ()
+    held = ", ".join(str(one) for one in reversed(state.present)) or "none"
+    released = ", ".join(str(one) for one in state.served)
+    return (
+        Check(
+            name="generations",
+            expected=str(policy.release.generations),
+            actual=released or f"none of those in the store: {held}",
+            ok=bool(state.served),
+        ),
+    )
 
 
 def _volumes_asked(volume_ids: Sequence[str]) -> Check:
@@ -305,8 +325,8 @@ def _within_quota(
 def _sealed(
     item: _Decision, request_sha384: bytes, public_key: MLKEM768X25519PublicKey
 ) -> protocol.VerdictFields:
-    bundle = item.state.bundle
-    if item.reason or bundle is None:
+    bundles = item.state.bundles
+    if item.reason or not bundles:
         return protocol.VerdictFields(
             volume_id=item.volume_id,
             generation=0,
@@ -319,12 +339,13 @@ def _sealed(
         volume_id=item.volume_id,
         generation=generation,
         status=protocol.Status.RELEASED,
-        sealed_bundle=hpke.seal(_released(item, bundle), public_key, info),
+        sealed_bundle=hpke.seal(_released(item, bundles), public_key, info),
     )
 
 
-def _released(item: _Decision, bundle: Secret) -> bytes:
-    return protocol.encode_released(bundle.reveal(), item.lease_s)
+def _released(item: _Decision, bundles: Sequence[Secret]) -> bytes:
+    newest, *older = (one.reveal() for one in bundles)
+    return protocol.encode_released(newest, item.lease_s, older)
 
 
 def _record(item: _Decision, judgement: Judgement, asked: _Asked) -> AuditRecord:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+from collections.abc import Sequence
 
 from tdxd.core.policy import parse_policy
 from tdxd.core.secret import Secret
@@ -23,20 +24,27 @@ __all__ = ["VolumeState", "Volumes"]
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class VolumeState:
-    """One volume: its policy, and the newest generation's bundle, encoded, if it opens.
+    """One volume: its policy, and the bundles that it lets be served, encoded, if they open.
 
-    `trouble` says why there is no bundle; where rows are not as they were sealed, it names them,
-    and there is no policy either. `manifests` are (generation, SHA-256 of the manifest in hex) of
-    all generations that the owner ever added.
+    `served` are their generations, the newest first; `present` all that the store has, the oldest
+    first. `trouble` says why there are no bundles; where rows are not as they were sealed, it names
+    them, and there is no policy either. `manifests` are (generation, SHA-256 of the manifest in
+    hex) of all generations that the owner ever added.
     """
 
     revision: int
     finding: Finding
     policy_version: int
-    generation: int
-    bundle: Secret | None
+    served: tuple[int, ...] = ()
+    bundles: tuple[Secret, ...] = ()
     trouble: str = ""
+    present: tuple[int, ...] = ()
     manifests: frozenset[tuple[int, str]] = frozenset()
+
+    @property
+    def generation(self) -> int:
+        """The newest that may be served, 0 for none."""
+        return self.served[0] if self.served else 0
 
 
 class Volumes:
@@ -107,32 +115,39 @@ class Volumes:
                 revision=held.revision,
                 finding=Finding(known=True, policy=None, policy_trouble=held.trouble),
                 policy_version=version,
-                generation=0,
-                bundle=None,
                 trouble=held.trouble,
             )
-        bundle, trouble = None, ""
-        if present:
-            bundle, trouble = self._open(present[-1])
+        finding = _finding(volume_id, row, known=bool(present))
+        numbers = tuple(one.generation for one in present)
+        served: tuple[int, ...] = ()
+        if finding.policy is not None:
+            served = finding.policy.release.generations.of(numbers)
+        rows = {one.generation: one for one in present}
+        bundles, trouble = self._open([rows[number] for number in served])
         return VolumeState(
             revision=held.revision,
-            finding=_finding(volume_id, row, known=bool(present)),
+            finding=finding,
             policy_version=version,
-            generation=present[-1].generation if present else 0,
-            bundle=bundle,
+            served=served,
+            bundles=bundles,
             trouble=trouble,
+            present=numbers,
             manifests=frozenset(
                 (one.generation, one.manifest_sha256) for one in held.generations
             ),
         )
 
-    def _open(self, row: GenerationRow) -> tuple[Secret | None, str]:
-        try:
-            opened = unwrap(self._kek, row.wrapped, row.volume_id, row.generation)
-        except DataError as exc:
-            return None, exc.message
-        with opened.secret:
-            return Secret(opened.encode()), ""
+    def _open(self, rows: Sequence[GenerationRow]) -> tuple[tuple[Secret, ...], str]:
+        """Open all or none."""
+        bundles = []
+        for row in rows:
+            try:
+                opened = unwrap(self._kek, row.wrapped, row.volume_id, row.generation)
+            except DataError as exc:
+                return (), exc.message
+            with opened.secret:
+                bundles.append(Secret(opened.encode()))
+        return tuple(bundles), ""
 
 
 def _finding(volume_id: str, row: PolicyRow | None, *, known: bool) -> Finding:
