@@ -14,6 +14,7 @@ _PRODUCT = (
     "python3",
     "haproxy",
     "dmsetup",
+    "ca-certificates",
     "erofs-utils",
     "util-linux",
     "iproute2",

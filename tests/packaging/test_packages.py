@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from contrib.guest import base
 from tests.packaging.unpacked import ROOT, installed
 
 pytestmark = pytest.mark.slow
@@ -176,6 +177,15 @@ def test_shared_libraries_come_from_packages_that_are_depended_on(
 
 def depends_of(package) -> list[str]:
     return [one.strip() for one in re.split(r"[,|]", package.field("Depends"))]
+
+
+def test_the_tests_guest_holds_what_the_packages_depend_on(unpacked) -> None:
+    """It installs them without a network."""
+    always = {"libc6", "libgcc-s1", "libssl3", "python3", "systemd"}  # every Debian
+    for name in ("tdxd", "tdxd-owner", "tdxd-model-server"):
+        for one in unpacked(name).field("Depends").split(","):
+            names = {part.split()[0] for part in one.split("|")}
+            assert names & {*always, *base._PACKAGES, "tdxd"}, one
 
 
 def test_the_example_unit_and_page_are_where_debian_looks(unpacked) -> None:
