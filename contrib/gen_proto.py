@@ -15,7 +15,7 @@ PROTOS = ("tdxd/proto/keyrelease.proto",)
 
 
 def generate(root: Path) -> None:
-    """Write `*_pb2.py`, `*_pb2.pyi` and `*_pb2_grpc.py` below `root`."""
+    """Write `*_pb2.py` and `*_pb2.pyi` below `root`."""
     from grpc_tools import protoc  # type: ignore[import-untyped]
 
     well_known = files("grpc_tools") / "_proto"
@@ -25,7 +25,6 @@ def generate(root: Path) -> None:
         f"-I{well_known}",
         f"--python_out={root}",
         f"--pyi_out={root}",
-        f"--grpc_python_out={root}",
         *PROTOS,
     ]
     if protoc.main(arguments) != 0:

@@ -36,7 +36,6 @@ __all__ = [
     "EvidenceError",
     "EvidenceMalformedError",
     "EvidenceUnavailableError",
-    "EvidenceUntrustedError",
     "HostError",
     "IntegrityError",
     "KeyReleaseError",
@@ -190,14 +189,6 @@ class EvidenceMalformedError(EvidenceError):
 
     code = "evidence-malformed"
     exit_code = EX_DATAERR
-
-
-class EvidenceUntrustedError(EvidenceError):
-    """A well-formed quote that proves nothing."""
-
-    code = "evidence-untrusted"
-    retry = Retry.SLOW
-    exit_code = EX_NOPERM
 
 
 class RecordError(EvidenceError):

@@ -107,7 +107,7 @@ class Court:
             source="test",
         )
         self.judge = Judge(
-            token_keys=[_TOKEN_KEY],
+            token_keys=lambda: (_TOKEN_KEY,),
             deployment=_DEPLOYMENT,
             signing_key_sha256=_SIGNING_KEY,
             roots={self.root: cache},

@@ -94,6 +94,7 @@ def _print_denial(record: AuditRecord) -> None:
 
 def _appraise(options: argparse.Namespace) -> int:
     from tdxd.cli import keyd_explain
+    from tdxd.core.decode import plain
     from tdxd.core.policy import parse_policy
     from tdxd.errors import EX_NOPERM
     from tdxd.owner.appraisal.offline import OfflineEvidence, judge_offline
@@ -111,7 +112,7 @@ def _appraise(options: argparse.Namespace) -> int:
     checks = judge_offline(evidence, _root(options.root), policy, at_s)
     why = keyd_explain.conclusion(checks)
     if options.json:
-        rows = keyd_explain.check_rows(checks)
+        rows = plain(checks)
         words = {"conclusion": why.what, "to_do": why.todo} if why else {}
         print_json({"accepted": why is None, **words, "checks": rows})
     else:

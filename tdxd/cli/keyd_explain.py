@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 
 from tdxd.core.check import Check
 
-__all__ = ["Conclusion", "check_rows", "conclusion", "table"]
+__all__ = ["Conclusion", "conclusion", "table"]
 
 _COLUMN = 40
 _HEX_LINE = 32
@@ -237,19 +237,6 @@ def _meaning(name: str) -> tuple[str, str]:
         return _UNKNOWN
     _, what, todo = max(fitting, key=lambda one: len(one[0]))
     return what, todo
-
-
-def check_rows(checks: Sequence[Check]) -> list[dict[str, object]]:
-    """Return checks as plain values, whole."""
-    return [
-        {
-            "name": check.name,
-            "ok": check.ok,
-            "expected": check.expected,
-            "actual": check.actual,
-        }
-        for check in checks
-    ]
 
 
 def table(checks: Sequence[Check]) -> Iterator[str]:

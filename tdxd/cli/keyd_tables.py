@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from tdxd.cli.keyd_explain import check_rows
+from tdxd.core.decode import plain
 from tdxd.core.showing import when
 from tdxd.owner.store.store import AuditRecord, Store
 
@@ -42,7 +42,7 @@ def audit_row(record: AuditRecord) -> dict[str, object]:
         "event_log_sha384": record.event_log_sha384,
         "runtime_log_sha384": record.runtime_log_sha384,
         "nonce_sha256": record.nonce_sha256,
-        "checks": check_rows(record.checks),
+        "checks": plain(record.checks),
     }
 
 

@@ -218,6 +218,17 @@ def test_every_byte_of_measurements_attributes_and_report_data_in_turn(standing)
         assert judgement.verified is None, offset
 
 
+def test_every_single_bit_of_the_quotes_signature_counts(standing):
+    """ECDSA over header and report: 64 bytes, behind the report and the length of the rest."""
+    evidence = standing.evidence()
+    start = 8 * (632 + 4)
+    for bit in range(start, start + 8 * 64):
+        altered = dataclasses.replace(evidence, quote=flipped(evidence.quote, bit))
+        judgement = standing.judge.judge(altered, NOW)
+        assert judgement.verified is None, bit
+        assert reason_of(judgement.checks) == "quote", bit
+
+
 def flipped(value, bit):
     changed = bytearray(value)
     changed[bit // 8] ^= 1 << bit % 8

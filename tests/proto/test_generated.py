@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]
-NAMES = ("keyrelease_pb2.py", "keyrelease_pb2.pyi", "keyrelease_pb2_grpc.py")
+NAMES = ("keyrelease_pb2.py", "keyrelease_pb2.pyi")
 
 
 @pytest.fixture(scope="module")

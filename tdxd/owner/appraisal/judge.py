@@ -49,6 +49,7 @@ __all__ = [
 KnownVolumes = Callable[[str, int, bytes], bool]
 """Says whether the store holds a volume id, generation and manifest digest (32 bytes)."""
 TokenKeys = Callable[[], Sequence[bytes]]
+"""Gives the keys that open tokens now: those of a store change while the server runs."""
 
 _REASONS = {
     "token": "token",
@@ -158,12 +159,12 @@ class Judge:
     def __init__(
         self,
         *,
-        token_keys: Sequence[bytes] | TokenKeys,
+        token_keys: TokenKeys,
         deployment: bytes,
         signing_key_sha256: bytes,
         roots: Mapping[TrustedRoot, CollateralCache],
     ) -> None:
-        self._token_keys = _keys_of(token_keys)
+        self._token_keys = token_keys
         self._deployment = deployment
         self._signing_key_sha256 = signing_key_sha256
         self._roots = {root.key_sha384: (root, cache) for root, cache in roots.items()}
@@ -321,11 +322,3 @@ def take_apart(data: bytes) -> tuple[Quote, bytes, PckIdentity, Check]:
         read_pck_identity(exact),
         passed("quote_format", QUOTE_FORM, form),
     )
-
-
-def _keys_of(token_keys: Sequence[bytes] | TokenKeys) -> TokenKeys:
-    """Return what gives the keys: those of a store change while the server runs."""
-    if callable(token_keys):
-        return token_keys
-    fixed = tuple(token_keys)
-    return lambda: fixed

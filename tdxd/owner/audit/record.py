@@ -7,7 +7,7 @@ list of [name, ok, expected] or, where they differ, [name, ok, expected, actual]
 
 from 32 zero bytes on. It needs no key, so that anybody may follow it from one signed checkpoint to
 the next; that nobody who writes to the database can make a new head is the seal's work
-(`store_seal`).
+(`store/seal.py`).
 """
 
 from __future__ import annotations

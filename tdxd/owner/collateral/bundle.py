@@ -58,7 +58,7 @@ class CollateralSet:
             raise ValueError(f"fetched_s {self.fetched_s} is no time")
 
     def text(self) -> str:
-        """Return the set as `collateral_set.prepare` reads it."""
+        """Return the set as `prepared.prepare` reads it."""
         return json.dumps(self.collateral)
 
 

@@ -1,7 +1,7 @@
 """Fetches collateral from Intel's PCS or from a PCCS, within bounds on time and size.
 
 Nothing fetched is believed: every part is signed under Intel's root and verified afterwards
-(`collateral_verify`), so a PCCS may be asked over plain http. Intel itself is asked over TLS only.
+(`verify`), so a PCCS may be asked over plain http. Intel itself is asked over TLS only.
 
 Source: Intel PCS API version 4: /tdx/certification/v4/tcb, /tdx/certification/v4/qe/identity,
 /sgx/certification/v4/pckcrl; the root CRL from Intel's distribution point, or from a PCCS under

@@ -1,7 +1,7 @@
 """Runs the key server of a store directory: the parent of its worker processes.
 
 The parent reads the configuration and no key; each worker opens the store and its keys for itself
-(`keyd_worker`).
+(`worker`).
 """
 
 from __future__ import annotations

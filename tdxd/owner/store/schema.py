@@ -1,6 +1,6 @@
 """The tables of the key server's store, in SQLAlchemy Core.
 
-What each `mac` covers stands in `store_rows` and `store_seal`.
+What each `mac` covers stands in `rows.py` and `seal.py`.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Nothing in it is secret in clear: bundles are sealed to the key-encryption key (`kek`). Nothing in
 it is believed without that key either: rows carry MACs, and one seal covers them all together with
-the head of the audit log (`store_seal`).
+the head of the audit log (`seal.py`).
 """
 
 from __future__ import annotations
