@@ -4,6 +4,7 @@ BIN := $(VENV)/bin
 PY := $(BIN)/python
 SOURCES := $(shell find tdxd -name '*.py' -o -name '*.proto')
 export PYTHONDONTWRITEBYTECODE =
+PARALLEL = --numprocesses=auto --dist=loadscope
 
 .PHONY: demo demo-guest check test test-guest bench lint fuzz deb guest setup clean
 
@@ -14,14 +15,14 @@ demo: $(VENV)/.installed
 demo-guest: deb
 	$(PY) -m contrib.demo.demo_guest
 
-# Everything: static checks, tests, attacks, then the booted guest. TensorFlow's tests run in a process
-# of their own, since tests without it load its message files through an empty package object.
-# Coverage is of this process only: programs that the tests start, and the guest, are not followed yet.
+# Everything: static checks, tests on all processors, attacks, then the booted guest. TensorFlow's tests
+# run in a process of their own, since tests without it load its message files through an empty package
+# object. Coverage is of the tests' processes: programs that they start, and the guest, are not followed.
+COVERED = --cov=tdxd --cov-report=
 test: lint deb
 	rm -f .coverage .coverage.*
-	$(PY) -m coverage run -m pytest -m "not tensorflow and not guest"
-	$(PY) -m coverage run -m pytest -m "tensorflow and not guest"
-	$(PY) -m coverage combine --quiet
+	$(PY) -m pytest $(PARALLEL) $(COVERED) -m "not tensorflow and not guest"
+	$(PY) -m pytest $(COVERED) --cov-append -m "tensorflow and not guest"
 	$(PY) -m coverage report --skip-covered --fail-under=82
 	$(PY) -m pytest -m guest tests/guest
 
@@ -31,7 +32,7 @@ test-guest: deb
 
 # The fast subset, for the inner loop.
 check: lint
-	$(PY) -m pytest -q -m "not tensorflow and not slow and not guest"
+	$(PY) -m pytest -q $(PARALLEL) -m "not tensorflow and not slow and not guest"
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check

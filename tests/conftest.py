@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -15,6 +16,26 @@ settings.load_profile("fuzz" if os.environ.get("TDXD_FUZZ") else "derandomize")
 
 # A background job of a shell ignores SIGINT, and whatever the tests start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+MACHINE = tuple(
+    f"tests/{name}" for name in ("system", "contract", "systemd", "attacks/test_image")
+)
+"""What runs daemons and mappers: a daemon sweeps what it takes for left by another one."""
+
+
+@pytest.hookimpl(optionalhook=True)  # of the plugin that runs tests in several workers
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
+    """Give each file to one worker, and all that holds the machine's devices to one."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    def group(nodeid: str) -> str:
+        file, _, _ = nodeid.partition("::")
+        return "machine" if file.startswith(MACHINE) else file
+
+    scheduler = LoadScopeScheduling(config, log)
+    scheduler._split_scope = group
+    return scheduler
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -133,17 +133,29 @@ def packages(guest_directory: Path) -> Path:
 
 
 @pytest.fixture
-def served(slot: Slot, world: GuestWorld, keys: None, packages: Path) -> Observed:
-    """The guest that serves, shared by the tests that leave it so."""
+def shared(slot: Slot, world: GuestWorld, keys: None, packages: Path) -> Observed:
+    """The guest with a model, in whatever state the test before left it."""
 
     def make() -> Machine:
         machine = slot.fresh(world.delivery(more=packages), append=BOOT_CHECK)
         machine.route_keys_to(world.port)
         return machine
 
-    observed = Observed(slot.shared("served", make), world)
-    observed.until_serving()
-    return observed
+    return Observed(slot.shared("served", make), world)
+
+
+@pytest.fixture
+def served(shared: Observed) -> Observed:
+    """The guest that serves, shared by the tests that leave it so or on the way there."""
+    shared.until_serving()
+    return shared
+
+
+@pytest.fixture
+def opened(shared: Observed) -> Observed:
+    """The same guest for tests that need no model server: its start takes half a minute here."""
+    shared.until_volume("mounted")
+    return shared
 
 
 class Boots:
@@ -155,19 +167,17 @@ class Boots:
     def guest(
         self,
         *,
-        serving: bool = False,
         clock: str = "utc",
         backoff_max_s: float = 2.0,
         **delivered: Any,
     ) -> Observed:
-        """Set up a guest; without `serving` it only opens its volume.
+        """Set up a guest that only opens its volume.
 
         `clock` is what the machine's own clock says at power on.
         """
         tables = self._world.config()
         tables["key_release"]["backoff_max_s"] = backoff_max_s
-        if not serving:
-            tables["serving"] = None
+        tables["serving"] = None
         machine = self._slot.fresh(
             self._world.delivery(**delivered, **tables),
             options=("-rtc", f"base={clock}"),
@@ -178,6 +188,18 @@ class Boots:
 @pytest.fixture
 def boots(slot: Slot, world: GuestWorld, keys: None) -> Boots:
     return Boots(slot, world)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Bring the tests that share a guest together, and in each group those that end it last."""
+    groups = ("bare", "shared", "boots")
+
+    def place(item: pytest.Item) -> tuple[int, bool]:
+        names = getattr(item, "fixturenames", ())
+        group = next((n for n, one in enumerate(groups) if one in names), len(groups))
+        return group, item.get_closest_marker("ends_the_guest") is not None
+
+    items.sort(key=place)
 
 
 @pytest.hookimpl(wrapper=True)

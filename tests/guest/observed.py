@@ -97,8 +97,9 @@ class Observed:
         self.until(lambda: bool(self.status()), "the new daemon answers", timeout_s)
 
     def restart(self) -> None:
+        """Start the daemon anew, and wait until its volume is open."""
         self.machine.run("systemctl restart tdxd.service", timeout_s=120)
-        self.until_serving()
+        self.until_volume("mounted")
 
     def events(self, name: str, *matches: str) -> list[dict[str, Any]]:
         """Journal entries of one event of the daemon in this boot, oldest first."""

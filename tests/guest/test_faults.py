@@ -48,46 +48,46 @@ def test_a_killed_front_is_started_again(served: Observed) -> None:
     served.predict_ok()
 
 
-def test_a_stopped_daemon_is_restarted_by_the_watchdog(served: Observed) -> None:
-    old = served.main_pid()
-    served.machine.run(f"kill -STOP {old}")
-    served.until_pid_changes(old, timeout_s=120)
-    served.until_serving()
-    served.predict_ok()
-    assert "Watchdog timeout" in served.said()
+def test_a_stopped_daemon_is_restarted_by_the_watchdog(opened: Observed) -> None:
+    old = opened.main_pid()
+    opened.machine.run(f"kill -STOP {old}")
+    opened.until_pid_changes(old, timeout_s=120)
+    opened.until_volume("mounted")
+    assert "Watchdog timeout" in opened.said()
 
 
-def test_a_full_disk_does_not_matter(served: Observed) -> None:
+def test_a_full_disk_does_not_matter(opened: Observed) -> None:
     """Nothing of the daemon's state is on a disk."""
-    served.machine.run(
+    opened.machine.run(
         "cat /dev/zero > /var/lib/full 2>/dev/null; sync", check=False, timeout_s=120
     )
     try:
-        assert served.machine.run("echo x > /var/lib/more", check=False).code != 0
-        served.restart()
-        served.predict_ok()
+        assert opened.machine.run("echo x > /var/lib/more", check=False).code != 0
+        opened.restart()
+        opened.until_serving()
+        opened.predict_ok()
     finally:
-        served.machine.run("rm -f /var/lib/full /var/lib/more")
+        opened.machine.run("rm -f /var/lib/full /var/lib/more")
 
 
-def test_swap_is_refused_with_the_reason(served: Observed) -> None:
+def test_swap_is_refused_with_the_reason(opened: Observed) -> None:
     """The daemon asks for no key, ends with 78, and is not started again."""
-    served.machine.run("systemctl stop tdxd.service", timeout_s=90)
+    opened.machine.run("systemctl stop tdxd.service", timeout_s=90)
     try:
-        served.machine.run(
+        opened.machine.run(
             "dd if=/dev/zero of=/swap bs=1M count=16 status=none && chmod 600 /swap && "
             "mkswap -q /swap && swapon /swap"
         )
-        assert served.machine.run("systemctl start tdxd.service", check=False).code != 0
-        status = served.machine.output("systemctl show -P ExecMainStatus tdxd.service")
+        assert opened.machine.run("systemctl start tdxd.service", check=False).code != 0
+        status = opened.machine.output("systemctl show -P ExecMainStatus tdxd.service")
         assert status == "78"
         time.sleep(5)
-        assert served.machine.run("systemctl is-active tdxd.service", check=False).code
+        assert opened.machine.run("systemctl is-active tdxd.service", check=False).code
         words = "this machine swaps to /swap: keys and models could land there"
-        assert words in served.said()
+        assert words in opened.said()
     finally:
-        served.machine.run("swapoff /swap; rm -f /swap")
-        served.restart()
+        opened.machine.run("swapoff /swap; rm -f /swap")
+        opened.restart()
 
 
 @contextmanager

@@ -165,6 +165,7 @@ def test_an_orderly_reboot_and_a_boot_without_network(bare: Machine) -> None:
     bare.wait_until("ip -4 route | grep 10.0.2.0/24", timeout_s=30)
 
 
+@pytest.mark.ends_the_guest
 def test_a_panic_ends_the_machine_and_nothing_is_left(
     slot: Slot, bare: Machine
 ) -> None:

@@ -1,4 +1,6 @@
-"""Power cuts, things that are absent at boot, a wrong clock: each test boots a guest of its own.
+"""Power cuts, things that are absent at boot, a wrong clock.
+
+All but one test boot a guest of their own.
 
 Most wait for the mounted volume only: a model server takes a minute here, and what serving adds is
 tested on the guest that serves.
@@ -63,16 +65,12 @@ def test_power_cut_while_mapping(boots: Boots) -> None:
     cut_and_boot(guest)
 
 
-def test_power_cut_while_serving(boots: Boots) -> None:
-    guest = boots.guest(serving=True)
-    guest.machine.route_keys_to(guest.world.port)
-    guest.machine.boot()
-    guest.until_serving()
-    guest.predict_ok()
-    guest.machine.power_cut()
-    guest.machine.boot()
-    guest.until_serving()
-    guest.predict_ok()
+def test_power_cut_while_serving(served: Observed) -> None:
+    served.predict_ok()
+    served.machine.power_cut()
+    served.machine.boot()
+    served.until_serving()
+    served.predict_ok()
 
 
 def test_a_key_server_that_comes_back_is_found(boots: Boots) -> None:

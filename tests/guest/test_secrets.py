@@ -139,6 +139,7 @@ def test_no_secret_in_a_core_dump(
         served.until_serving()
 
 
+@pytest.mark.ends_the_guest
 def test_no_secret_on_the_disk_of_the_root_file_system(
     served: Observed, searched: list[bytes]
 ) -> None:
