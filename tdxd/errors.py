@@ -31,6 +31,7 @@ __all__ = [
     "BadHeaderError",
     "BusyError",
     "ConfigError",
+    "CrowdedError",
     "DataError",
     "DeniedError",
     "EvidenceError",
@@ -42,7 +43,9 @@ __all__ = [
     "LocalProtocolError",
     "MissingError",
     "NotAllowedError",
+    "NotAttestedError",
     "NotReadyError",
+    "PassphraseNeededError",
     "ProtocolError",
     "RecordError",
     "ReexecError",
@@ -50,11 +53,13 @@ __all__ = [
     "Retry",
     "ServeError",
     "ServerExitedError",
+    "StalledError",
     "TdxdError",
     "UnavailableError",
     "UnreachableError",
     "UsageError",
     "VolumeError",
+    "WrongPassphraseError",
 ]
 
 EX_OK = 0
@@ -270,6 +275,28 @@ class IntegrityError(VolumeError):
     exit_code = EX_DATAERR
 
 
+class WrongPassphraseError(VolumeError):
+    """No keyslot of a foreign volume opens with the passphrase."""
+
+    code = "volume-passphrase"
+    retry = Retry.OPERATOR
+    exit_code = EX_DATAERR
+
+
+class PassphraseNeededError(VolumeError):
+    """An operator must bring the passphrase of a foreign volume."""
+
+    code = "passphrase-needed"
+    retry = Retry.OPERATOR
+    exit_code = EX_NOPERM
+
+
+class StalledError(VolumeError):
+    """A disk or the kernel does not let go of a step of a volume; it may still end."""
+
+    code = "volume-stalled"
+
+
 # --- serving ------------------------------------------------------------------
 
 
@@ -291,6 +318,19 @@ class NotReadyError(ServeError):
     """A child runs but its models are not available."""
 
     code = "serve-not-ready"
+
+
+class CrowdedError(ServeError):
+    """Too many ask for the same at once."""
+
+    code = "serve-crowded"
+
+
+class NotAttestedError(TdxdError):
+    """What answers at an endpoint does not prove that it is what the client's policy wants."""
+
+    code = "not-attested"
+    exit_code = EX_NOPERM
 
 
 class HostError(TdxdError):

@@ -9,29 +9,36 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, TypeVar
 
-from tdxd.core.decode import decode, decode_canonical, encode_canonical
+from tdxd.core.decode import decode, decode_canonical, encode_canonical, plain
+from tdxd.core.runs import BLOCK_BYTES
 from tdxd.core.secret import Secret
 from tdxd.core.volume_id import check_volume_id
 from tdxd.errors import DataError, TdxdError
 
 __all__ = [
     "BLOCK_BYTES",
+    "MANIFEST_MAX_BYTES",
     "SECRET_BYTES",
     "VOLUME_KEY_BYTES",
     "KeyBundle",
     "Manifest",
+    "check_complete",
+    "check_generation",
     "derive",
+    "encode_bundle",
+    "parse_bundle",
     "volume_key",
 ]
 
-BLOCK_BYTES = 4096
-"""Size of an encryption sector, of a dm-verity block and of a file system block."""
+T = TypeVar("T")
+
 SECRET_BYTES = 64
 VOLUME_KEY_BYTES = 64
 """aes-xts-plain64 with two 256-bit keys."""
-_MANIFEST_MAX_BYTES = 4096
+MANIFEST_MAX_BYTES = 4096
 _BUNDLE_MAX_BYTES = 8192
 
 
@@ -56,7 +63,7 @@ class Manifest:
 
     def __post_init__(self) -> None:
         check_volume_id(self.volume_id)
-        _within("generation", self.generation, 1, 2**63 - 1)
+        check_generation(self.generation)
         _within("payload_offset_bytes", self.payload_offset_bytes, BLOCK_BYTES, 2**40)
         _within("data_blocks", self.data_blocks, 1, 2**40)
         _within("hash_blocks", self.hash_blocks, 0, 2**40)
@@ -82,12 +89,7 @@ class Manifest:
 
     def encode(self) -> bytes:
         """Encode as canonical msgpack."""
-        return encode_canonical(
-            {
-                field.name: getattr(self, field.name)
-                for field in dataclasses.fields(self)
-            }
-        )
+        return encode_canonical(plain(self))
 
     @classmethod
     def parse(cls, data: bytes, *, source: str = "manifest") -> Manifest:
@@ -95,12 +97,32 @@ class Manifest:
 
         Raises: DataError.
         """
-        value = decode_canonical(data, source=source, max_bytes=_MANIFEST_MAX_BYTES)
-        return decode(cls, value, source=source, error=DataError)
+        value = decode_canonical(data, source=source, max_bytes=MANIFEST_MAX_BYTES)
+        made = decode(cls, value, source=source, error=DataError)
+        check_complete(data, made.encode(), source=source)
+        return made
 
     def digest(self) -> bytes:
         """Return the SHA-256 of the encoded manifest: 32 bytes."""
         return hashlib.sha256(self.encode()).digest()
+
+
+def check_complete(data: bytes, encoded: bytes, *, source: str) -> None:
+    """Check that a manifest says what `decode` would fill in, so that it has one encoding only.
+
+    Raises: DataError.
+    """
+    if data != encoded:
+        msg = f"{source}: a key is missing"
+        raise DataError(msg)
+
+
+def check_generation(generation: int) -> None:
+    """Check that a generation counts from 1, in 63 bits.
+
+    Raises: ValueError.
+    """
+    _within("generation", generation, 1, 2**63 - 1)
 
 
 def _within(name: str, value: int, low: int, high: int) -> None:
@@ -123,9 +145,7 @@ class KeyBundle:
 
     def encode(self) -> bytes:
         """Encode manifest and secret as canonical msgpack; the result is secret."""
-        return encode_canonical(
-            {"manifest": self.manifest.encode(), "secret": self.secret.reveal()}
-        )
+        return encode_bundle(self.manifest.encode(), self.secret)
 
     @classmethod
     def parse(
@@ -135,20 +155,56 @@ class KeyBundle:
 
         Raises: `error`; no message shows a byte of the secret.
         """
+
+        def build(manifest: bytes, secret: Secret) -> KeyBundle:
+            parsed = Manifest.parse(manifest, source=f"{source}: manifest")
+            return cls(manifest=parsed, secret=secret)
+
+        return parse_bundle(data, build, source=source, error=error)
+
+
+def encode_bundle(manifest: bytes, secret: Secret) -> bytes:
+    """Encode a bundle of any kind as canonical msgpack; the result is secret."""
+    return encode_canonical({"manifest": manifest, "secret": secret.reveal()})
+
+
+def parse_bundle(
+    data: bytes,
+    build: Callable[[bytes, Secret], T],
+    *,
+    source: str,
+    error: type[TdxdError],
+) -> T:
+    """Decode a bundle of the kind that `build` makes of an encoded manifest and a secret.
+
+    What `build` refuses (DataError, ValueError) wipes the secret.
+
+    Raises: `error`; no message shows a byte of the secret.
+    """
+    try:
+        value = decode_canonical(data, source=source, max_bytes=_BUNDLE_MAX_BYTES)
+        manifest, secret = _bundle_fields(value, source)
         try:
-            value = decode_canonical(data, source=source, max_bytes=_BUNDLE_MAX_BYTES)
-            fields = decode(_BundleFields, value, source=source, error=DataError)
-            manifest = Manifest.parse(fields.manifest, source=f"{source}: manifest")
-            return cls(manifest=manifest, secret=Secret(fields.secret))
-        except (DataError, ValueError) as exc:
-            text = exc.message if isinstance(exc, TdxdError) else f"{source}: {exc}"
-            raise error(text, hint="is this a bundle file of tdx-seal?") from exc
+            return build(manifest, secret)
+        except (DataError, ValueError):
+            secret.wipe()
+            raise
+    except (DataError, ValueError) as exc:
+        text = exc.message if isinstance(exc, TdxdError) else f"{source}: {exc}"
+        raise error(text, hint="is this a bundle file of tdx-seal?") from exc
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, repr=False)
-class _BundleFields:
-    manifest: bytes
-    secret: bytes
+def _bundle_fields(value: object, source: str) -> tuple[bytes, Secret]:
+    """Take a bundle's two fields; `decode` would show what is no bytes, and it may be the secret.
+
+    Raises: DataError.
+    """
+    if isinstance(value, dict) and value.keys() == {"manifest", "secret"}:
+        manifest, secret = value["manifest"], value["secret"]
+        if isinstance(manifest, bytes) and isinstance(secret, bytes):
+            return manifest, Secret(secret)
+    msg = f"{source}: is not a map of manifest and secret, both of bytes"
+    raise DataError(msg)
 
 
 def derive(secret: Secret, label: str, size: int, *context: bytes) -> Secret:

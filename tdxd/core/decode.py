@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import types
 import typing
 from typing import Any, TypeVar
@@ -33,7 +34,8 @@ def decode(
 
     A field's key is its name, or `metadata["key"]`. Supported field types: str, int, float,
     bool, bytes, `tuple[X, ...]`, `X | None`, `Literal`, `NewType`, enums by value,
-    `dict[str, X]` and dataclasses. `source` (a file name) starts every message.
+    `dict[str, X]`, dataclasses, and unions of dataclasses, told apart by their keys. `source`
+    (a file name) starts every message.
 
     Raises: `error`, naming the key path, the value and a hint.
     """
@@ -56,8 +58,11 @@ class _Decoder:
             return self.record(typing.cast("type[Any]", want), got, path)
         origin = typing.get_origin(want)
         if origin in (typing.Union, types.UnionType):
-            inner = [arm for arm in typing.get_args(want) if arm is not type(None)]
-            return None if got is None else self.value(inner[0], got, path)
+            arms = typing.get_args(want)
+            if got is None and type(None) in arms:
+                return None
+            inner = [arm for arm in arms if arm is not type(None)]
+            return self.value(_arm(inner, got), got, path)
         if origin is tuple:
             return self.items(typing.get_args(want)[0], got, path)
         if origin is dict:
@@ -106,7 +111,7 @@ class _Decoder:
                 near = difflib.get_close_matches(str(key), list(fields), n=1)
                 hint = f"did you mean {near[0]!r}" if near else _known(fields)
                 raise self.fail(_join(path, key), "unknown key", hint)
-        hints = _hints(cls)
+        hints = _hints(cls)  # type: ignore[arg-type]  # every class has a hash
         made: dict[str, object] = {}
         for key, field in fields.items():
             if key in got:
@@ -120,6 +125,18 @@ class _Decoder:
             raise self.fail(path, str(exc)) from exc
 
 
+def _arm(arms: list[Any], got: object) -> Any:
+    """Return the first record that knows every key of `got`, or the first of all."""
+    if len(arms) > 1 and isinstance(got, dict):
+        return next((arm for arm in arms if got.keys() <= _keys(arm)), arms[0])
+    return arms[0]
+
+
+def _keys(cls: type[Any]) -> set[str]:
+    return {field.metadata.get("key", field.name) for field in dataclasses.fields(cls)}
+
+
+@functools.cache  # evaluating annotations is most of the work
 def _hints(cls: type[Any]) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 

@@ -6,8 +6,7 @@ All that LUKS2 wants random is derived from the bundle's secret, so the same bun
 same header.
 
 Source: LUKS2 On-Disk Format Specification 1.1.1: §2.1 binary header, §2.2 checksum, §3 JSON
-area, §3.2 keyslots, §3.3 segments, §3.4 digests; the anti-forensic splitter is that of the LUKS1
-On-Disk Format Specification 1.2.3, §2.4.
+area, §3.2 keyslots, §3.3 segments, §3.4 digests.
 """
 
 from __future__ import annotations
@@ -16,12 +15,23 @@ import base64
 import dataclasses
 import hashlib
 import json
-import struct
 import uuid
 
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
-
 from tdxd.core.bundle import BLOCK_BYTES, KeyBundle, derive, volume_key
+from tdxd.core.luks2_area import NOISE_BYTES, seal_area
+from tdxd.core.luks2_layout import (
+    BINARY,
+    BINARY_BYTES,
+    CHECKSUM_OFFSET,
+    CIPHER,
+    COPY_BYTES,
+    JSON_BYTES,
+    KEY_BYTES,
+    KEYSLOT_AREA_BYTES,
+    KEYSLOT_OFFSET,
+    MAGICS,
+    STRIPES,
+)
 from tdxd.core.secret import Secret
 from tdxd.errors import DataError
 
@@ -37,19 +47,8 @@ __all__ = [
 
 PAYLOAD_OFFSET_BYTES = 16 * 2**20
 """Where `cryptsetup luksFormat` puts the payload, too."""
-MAGIC = b"LUKS\xba\xbe"
-_MAGIC_2 = b"SKUL\xba\xbe"
-_COPY_BYTES = 16384
-_BINARY_BYTES = 4096
-_JSON_BYTES = _COPY_BYTES - _BINARY_BYTES
-_BINARY = struct.Struct(">6sHQQ48s32s64s40s48sQ184s64s")
-_CHECKSUM_OFFSET = 448
-_KEYSLOT_OFFSET = 2 * _COPY_BYTES
-_KEYSLOT_AREA_BYTES = 258048
-"""64-byte key x 4000 stripes, rounded up to 4096."""
-HEADER_BYTES = _KEYSLOT_OFFSET + _KEYSLOT_AREA_BYTES
-_STRIPES = 4000
-_KEY_BYTES = 64
+MAGIC = MAGICS[0]
+HEADER_BYTES = KEYSLOT_OFFSET + KEYSLOT_AREA_BYTES
 _ITERATIONS = 1000
 """The least that LUKS2 allows: a stronger KDF adds nothing to a random 512-bit key or a
 generated 160-bit passphrase."""
@@ -79,7 +78,7 @@ def build_header(bundle: KeyBundle, *, recovery: bool) -> bytes:
     """Return the first `HEADER_BYTES` bytes of the image: both copies and the keyslot area."""
     with volume_key(bundle) as key:
         digest = _digest(bundle, key)
-        area = _keyslot_area(bundle, key) if recovery else bytes(_KEYSLOT_AREA_BYTES)
+        area = _keyslot_area(bundle, key) if recovery else bytes(KEYSLOT_AREA_BYTES)
     keyslots = {"0": _keyslot(bundle)} if recovery else {}
     document = {
         "keyslots": keyslots,
@@ -90,18 +89,18 @@ def build_header(bundle: KeyBundle, *, recovery: bool) -> bytes:
                 "offset": str(bundle.manifest.payload_offset_bytes),
                 "size": "dynamic",
                 "iv_tweak": "0",
-                "encryption": "aes-xts-plain64",
+                "encryption": CIPHER,
                 "sector_size": BLOCK_BYTES,
             }
         },
         "digests": {"0": {**digest, "keyslots": list(keyslots), "segments": ["0"]}},
         "config": {
-            "json_size": str(_JSON_BYTES),
-            "keyslots_size": str(PAYLOAD_OFFSET_BYTES - _KEYSLOT_OFFSET),
+            "json_size": str(JSON_BYTES),
+            "keyslots_size": str(PAYLOAD_OFFSET_BYTES - KEYSLOT_OFFSET),
         },
     }
     area_json = json.dumps(document, separators=(",", ":")).encode()
-    area_json += bytes(_JSON_BYTES - len(area_json))
+    area_json += bytes(JSON_BYTES - len(area_json))
     copies = [_copy(bundle, number, area_json) for number in (0, 1)]
     return copies[0] + copies[1] + area
 
@@ -109,24 +108,24 @@ def build_header(bundle: KeyBundle, *, recovery: bool) -> bytes:
 def _copy(bundle: KeyBundle, number: int, area_json: bytes) -> bytes:
     """Return one 16 KiB copy: binary header with its checksum, then the JSON area."""
     label = f"header-salt-{number}"
-    binary = bytearray(_BINARY_BYTES)
+    binary = bytearray(BINARY_BYTES)
     fields = (
-        (MAGIC, _MAGIC_2)[number],
+        MAGICS[number],
         2,
-        _COPY_BYTES,
+        COPY_BYTES,
         1,
         b"",
         b"sha256",
         _derived(bundle, label, 64).reveal(),
         _uuid(bundle).encode(),
         b"",
-        number * _COPY_BYTES,
+        number * COPY_BYTES,
         b"",
         b"",
     )
-    _BINARY.pack_into(binary, 0, *fields)
+    BINARY.pack_into(binary, 0, *fields)
     checksum = hashlib.sha256(binary + area_json).digest()
-    binary[_CHECKSUM_OFFSET : _CHECKSUM_OFFSET + len(checksum)] = checksum
+    binary[CHECKSUM_OFFSET : CHECKSUM_OFFSET + len(checksum)] = checksum
     return bytes(binary) + area_json
 
 
@@ -145,14 +144,14 @@ def _digest(bundle: KeyBundle, key: Secret) -> dict[str, object]:
 def _keyslot(bundle: KeyBundle) -> dict[str, object]:
     return {
         "type": "luks2",
-        "key_size": _KEY_BYTES,
-        "af": {"type": "luks1", "stripes": _STRIPES, "hash": "sha256"},
+        "key_size": KEY_BYTES,
+        "af": {"type": "luks1", "stripes": STRIPES, "hash": "sha256"},
         "area": {
             "type": "raw",
-            "offset": str(_KEYSLOT_OFFSET),
-            "size": str(_KEYSLOT_AREA_BYTES),
-            "encryption": "aes-xts-plain64",
-            "key_size": _KEY_BYTES,
+            "offset": str(KEYSLOT_OFFSET),
+            "size": str(KEYSLOT_AREA_BYTES),
+            "encryption": CIPHER,
+            "key_size": KEY_BYTES,
         },
         "kdf": {
             "type": "pbkdf2",
@@ -168,42 +167,11 @@ def _keyslot_area(bundle: KeyBundle, key: Secret) -> bytes:
     salt = _derived(bundle, "keyslot-salt", 32).reveal()
     with recovery_passphrase(bundle) as passphrase:
         password = passphrase.reveal()
-        area_key = hashlib.pbkdf2_hmac(
-            "sha256", password, salt, _ITERATIONS, _KEY_BYTES
-        )
+        area_key = hashlib.pbkdf2_hmac("sha256", password, salt, _ITERATIONS, KEY_BYTES)
     with _derived(bundle, "stripes", 32) as seed:
-        noise = hashlib.shake_256(seed.reveal()).digest((_STRIPES - 1) * _KEY_BYTES)
-    split = _split(key.reveal(), noise)
-    sectors = []
-    for number in range(len(split) // 512):
-        tweak = modes.XTS(number.to_bytes(16, "little"))
-        encryptor = Cipher(algorithms.AES(area_key), tweak).encryptor()
-        sectors.append(encryptor.update(split[number * 512 : (number + 1) * 512]))
-    area = b"".join(sectors)
-    return area + bytes(_KEYSLOT_AREA_BYTES - len(area))
-
-
-def _split(key: bytes, noise: bytes) -> bytes:
-    """Spread the key over 4000 stripes of which every byte is needed to get it back."""
-    state = bytes(_KEY_BYTES)
-    for start in range(0, len(noise), _KEY_BYTES):
-        state = _diffuse(_xor(state, noise[start : start + _KEY_BYTES]))
-    return noise + _xor(state, key)
-
-
-def _diffuse(block: bytes) -> bytes:
-    digest = hashlib.sha256
-    halves = (block[:32], block[32:])
-    return b"".join(
-        digest(number.to_bytes(4, "big") + half).digest()
-        for number, half in enumerate(halves)
-    )
-
-
-def _xor(left: bytes, right: bytes) -> bytes:
-    size = len(left)
-    value = int.from_bytes(left, "big") ^ int.from_bytes(right, "big")
-    return value.to_bytes(size, "big")
+        noise = hashlib.shake_256(seed.reveal()).digest(NOISE_BYTES)
+    area = seal_area(key.reveal(), noise, area_key)
+    return area + bytes(KEYSLOT_AREA_BYTES - len(area))
 
 
 def _uuid(bundle: KeyBundle) -> str:
@@ -225,16 +193,16 @@ def read_header(data: bytes, *, source: str) -> Header:
 
     Raises: DataError.
     """
-    if len(data) < _COPY_BYTES or data[:6] != MAGIC:
+    if len(data) < COPY_BYTES or data[:6] != MAGIC:
         hint = "sealed images are made by tdx-seal create"
         raise DataError(f"{source}: not a LUKS2 image", hint=hint)
-    fields = _BINARY.unpack_from(data)
-    copy = bytearray(data[:_COPY_BYTES])
-    copy[_CHECKSUM_OFFSET : _CHECKSUM_OFFSET + 64] = bytes(64)
+    fields = BINARY.unpack_from(data)
+    copy = bytearray(data[:COPY_BYTES])
+    copy[CHECKSUM_OFFSET : CHECKSUM_OFFSET + 64] = bytes(64)
     if fields[11] != hashlib.sha256(copy).digest().ljust(64, b"\0"):
         raise DataError(f"{source}: LUKS2 header with a wrong checksum")
     try:
-        document = json.loads(bytes(data[_BINARY_BYTES:_COPY_BYTES]).rstrip(b"\0"))
+        document = json.loads(bytes(data[BINARY_BYTES:COPY_BYTES]).rstrip(b"\0"))
         segment = document["segments"]["0"]
         return Header(
             uuid=fields[7].rstrip(b"\0").decode("ascii"),

@@ -36,6 +36,45 @@ class Outer:
     renamed: int = dataclasses.field(default=0, metadata={"key": "other-name"})
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Square:
+    side_mm: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Circle:
+    kind: Literal["circle"] = "circle"
+    radius_mm: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Drawing:
+    shape: Square | Circle
+    frame: Square | Circle | None = None
+
+
+def test_the_keys_tell_which_record_of_a_union_is_meant() -> None:
+    circle = {"kind": "circle", "radius_mm": 2}
+    made = decode(Drawing, {"shape": circle, "frame": {"side_mm": 1}}, source="f")
+    assert made == Drawing(shape=Circle(radius_mm=2), frame=Square(side_mm=1))
+    assert decode(Drawing, {"shape": circle, "frame": None}, source="f").frame is None
+
+
+@pytest.mark.parametrize(
+    ("shape", "text"),
+    [
+        ({"kind": "circle", "side_mm": 2}, "shape.kind: unknown key"),
+        ({"kind": "square", "radius_mm": 2}, "shape.kind: expected one of 'circle'"),
+        ({}, "shape.side_mm: missing"),
+        ("round", "shape: expected a table, got 'round'"),
+        (None, "shape: expected a table, got None"),
+    ],
+)
+def test_what_is_no_record_of_a_union_is_refused(shape, text) -> None:
+    with pytest.raises(ConfigError, match=text):
+        decode(Drawing, {"shape": shape}, source="f")
+
+
 def test_everything_decodes() -> None:
     made = decode(
         Outer,

@@ -22,10 +22,17 @@ from tdxd.core import (
     td_report,
     wire,
 )
-from tdxd.core.bundle import Manifest
+from tdxd.core.bundle import KeyBundle, Manifest
 from tdxd.core.config import parse_config
+from tdxd.core.foreign import (
+    ForeignManifest,
+    PassphraseBundle,
+    parse_any_bundle,
+    parse_any_manifest,
+)
 from tdxd.core.luks2 import read_header
 from tdxd.core.policy import parse_policy
+from tdxd.core.secret import Secret
 from tdxd.errors import (
     ConfigError,
     DataError,
@@ -35,16 +42,18 @@ from tdxd.errors import (
 )
 from tdxd.guest.answer import parse_answer, parse_challenge
 from tdxd.owner.collateral.bundle import encode_bundle, parse_bundle
+from tests.fuzz import luks2_headers, manifests
 
 __all__ = ["TARGETS", "Target"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """A parser to fuzz, and inputs to start from."""
+    """A parser to fuzz, inputs to start from, and how many runs are within `make test`."""
 
     run: Callable[[bytes], object]
     seeds: tuple[bytes, ...]
+    runs: int = 200_000
 
 
 def _quote(data: bytes) -> None:
@@ -115,7 +124,12 @@ def _config(data: bytes) -> None:
 
 def _manifest(data: bytes) -> None:
     with contextlib.suppress(DataError):
-        assert Manifest.parse(data).encode() == data
+        assert parse_any_manifest(data).encode() == data
+
+
+def _bundle(data: bytes) -> None:
+    with contextlib.suppress(DataError):
+        assert parse_any_bundle(data).encode() == data
 
 
 def _answer(data: bytes) -> None:
@@ -150,6 +164,7 @@ _MANIFEST = Manifest(
     root_hash=bytes(32),
     salt=bytes(32),
 )
+_FOREIGN = ForeignManifest(volume_id="digits", generation=1, header_sha256=bytes(32))
 _CLAIMS = keyrelease.TokenClaims(nonce=bytes(32), expiry_s=1, deployment=bytes(16))
 _POLICY = b"""
 [tdx]
@@ -208,8 +223,22 @@ TARGETS = {
     ),
     "policy": Target(run=_policy, seeds=(_POLICY,)),
     "config": Target(run=_config, seeds=(_CONFIG,)),
-    "manifest": Target(run=_manifest, seeds=(_MANIFEST.encode(),)),
+    "manifest": Target(run=_manifest, seeds=(_MANIFEST.encode(), _FOREIGN.encode())),
+    "bundle": Target(
+        run=_bundle,
+        seeds=(
+            KeyBundle(manifest=_MANIFEST, secret=Secret(bytes(64))).encode(),
+            PassphraseBundle(manifest=_FOREIGN, secret=Secret(b"x")).encode(),
+        ),
+        runs=50_000,
+    ),
+    "forged_manifest": Target(
+        run=manifests.read_forged, seeds=manifests.SEEDS, runs=5_000
+    ),
     "answer": Target(run=_answer, seeds=(b"\x12\x01\0", b"\n\x03\n\x01a\x12\x01\0")),
+    "luks2_headers": Target(
+        run=luks2_headers.read_forged, seeds=luks2_headers.SEEDS, runs=10_000
+    ),
     "luks2": Target(run=_luks2, seeds=(b"LUKS\xba\xbe\0\x02" + bytes(16376),)),
 }
 """By name, as `python -m tests.fuzz NAME` takes it."""

@@ -14,14 +14,12 @@ from tests.fuzz.targets import TARGETS
 
 pytest.importorskip("atheris", reason="atheris is not installed")
 
-RUNS = 200_000
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TARGETS)
 def test_no_bytes_raise_anything_but_the_parsers_own_error(name, tmp_path):
-    corpus = tmp_path / "corpus"
-    options = [f"-runs={RUNS}", "-seed=1", "-timeout=20", "-rss_limit_mb=2048"]
+    corpus, runs = tmp_path / "corpus", TARGETS[name].runs
+    options = [f"-runs={runs}", "-seed=1", "-timeout=20", "-rss_limit_mb=2048"]
     options.append(f"-artifact_prefix={tmp_path}/")
     done = subprocess.run(
         [sys.executable, "-m", "tests.fuzz", name, corpus, *options],
@@ -31,7 +29,7 @@ def test_no_bytes_raise_anything_but_the_parsers_own_error(name, tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert f"Done {RUNS} runs" in done.stderr
+    assert f"Done {runs} runs" in done.stderr
 
 
 def test_every_seed_is_accepted_by_its_parser_or_refused_by_its_error():
