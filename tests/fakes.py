@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -13,11 +14,28 @@ import trio
 import trio.lowlevel
 
 from tdxd.core.bundle import KeyBundle, Manifest
+from tdxd.core.foreign import AnyBundle, ForeignManifest, PassphraseBundle
 from tdxd.core.secret import Secret
-from tdxd.errors import BusyError, IntegrityError, MissingError, TdxdError
+from tdxd.errors import (
+    BadHeaderError,
+    BusyError,
+    HostError,
+    IntegrityError,
+    MissingError,
+    TdxdError,
+    WrongPassphraseError,
+)
 from tdxd.guest.handover import HandedDaemon
 from tdxd.host import clock
-from tdxd.host.ports import Cell, Child, ChildSpec, HandedChild, Host, MappedVolume
+from tdxd.host.ports import (
+    Cell,
+    Child,
+    ChildSpec,
+    HandedChild,
+    Host,
+    MappedVolume,
+    PrivateTmp,
+)
 
 __all__ = [
     "ExecutedError",
@@ -30,7 +48,12 @@ __all__ = [
     "FakeTsm",
     "fake_host",
     "make_bundle",
+    "make_passphrase_bundle",
 ]
+
+
+PAYLOAD_BYTES = 5 * 4096
+"""Of every volume that `FakeMapper` opens."""
 
 
 def make_bundle(
@@ -48,9 +71,16 @@ def make_bundle(
     return KeyBundle(manifest=manifest, secret=Secret(b"k" * 64))
 
 
+def make_passphrase_bundle(
+    volume_id: str = "model", generation: int = 1, *, passphrase: bytes = b"sesame"
+) -> PassphraseBundle:
+    manifest = ForeignManifest(volume_id=volume_id, generation=generation)
+    return PassphraseBundle(manifest=manifest, secret=Secret(passphrase))
+
+
 @dataclasses.dataclass
 class FakeMapper:
-    """Opens any file whose content is `VOLUME@GENERATION`."""
+    """Opens any file whose content is `VOLUME@GENERATION`, or `luks2:PASSPHRASE`."""
 
     name: str = "memory"
     open: dict[str, MappedVolume] = dataclasses.field(default_factory=dict)
@@ -59,25 +89,34 @@ class FakeMapper:
     _count: int = 0
 
     def map_volume(
-        self, image: str, bundle: KeyBundle, *, cancelled: Callable[[], bool]
+        self,
+        image: str,
+        bundle: AnyBundle,
+        *,
+        cancelled: Callable[[], bool],
+        writable: bool = False,
     ) -> MappedVolume:
         del cancelled
         assert not bundle.secret.wiped
         if self.next_error is not None:
             error, self.next_error = self.next_error, None
             raise error
+        if writable and self.name != "dm":
+            raise HostError("map for writing", image, errno.EROFS)
         try:
             with open(image, encoding="utf-8") as file:
                 content = file.read()
         except FileNotFoundError as exc:
             raise MissingError(f"{image}: not there") from exc
-        manifest = bundle.manifest
-        if content != f"{manifest.volume_id}@{manifest.generation}":
-            raise IntegrityError(f"{image}: not of this volume and generation")
+        _check_content(image, content, bundle)
         self._count += 1
         device = f"/dev/fake{self._count}"
         self.open[device] = MappedVolume(
-            manifest=manifest, device=device, mapper="memory"
+            manifest=bundle.manifest,
+            device=device,
+            mapper="dm" if self.name == "dm" else "memory",
+            writable=writable,
+            payload_bytes=PAYLOAD_BYTES,
         )
         return self.open[device]
 
@@ -90,6 +129,17 @@ class FakeMapper:
 
     def sweep(self) -> Sequence[str]:
         return ()
+
+
+def _check_content(image: str, content: str, bundle: AnyBundle) -> None:
+    manifest = bundle.manifest
+    if isinstance(bundle, PassphraseBundle):
+        if not content.startswith("luks2:"):
+            raise BadHeaderError(f"{image}: not a LUKS2 image")
+        if content.encode() != b"luks2:" + bundle.secret.reveal():
+            raise WrongPassphraseError(f"{image}: no keyslot opens with the passphrase")
+    elif content != f"{manifest.volume_id}@{manifest.generation}":
+        raise IntegrityError(f"{image}: not of this volume and generation")
 
 
 @dataclasses.dataclass
@@ -159,8 +209,16 @@ class FakeBoottime:
 class FakeChildren:
     """No child can be started: serving is tried with real ones."""
 
-    def make_cell(self, *, hide: str, binds: Sequence[tuple[str, str]]) -> Cell:
-        raise NotImplementedError
+    limits_problem = ""
+
+    def make_cell(
+        self,
+        *,
+        hide: str,
+        binds: Sequence[tuple[str, str]],
+        tmp: PrivateTmp | None = None,
+    ) -> Cell:
+        raise HostError("make cell", hide, errno.ENOSYS)
 
     def spawn(self, spec: ChildSpec) -> Child:
         raise NotImplementedError

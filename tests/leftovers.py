@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
+import time
 from pathlib import Path
 
 from tdxd.core.dm_table import OURS
@@ -29,6 +31,7 @@ def loops_and_mappings(under: str) -> tuple[str, ...]:
 
 def held(under: str) -> Held:
     """Look at this process's descriptors and children, and at loops and mounts of ours."""
+    gc.collect()  # what tests before left to it would go at any moment
     descriptors = set()
     for name in os.listdir("/proc/self/fd"):
         try:
@@ -44,3 +47,14 @@ def held(under: str) -> Held:
         devices=loops_and_mappings(under),
         mounts=tuple(point for point in mount_points() if point.startswith(under)),
     )
+
+
+def assert_only(before: Held, under: str) -> None:
+    """Check that nothing is held but what was before.
+
+    A loop device goes with its last user, which can be one that looks at every new device.
+    """
+    deadline = time.monotonic() + 5
+    while (now := held(under)) != before and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert now == before

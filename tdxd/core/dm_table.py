@@ -1,8 +1,11 @@
-"""The device-mapper tables of a sealed image, from the manifest alone.
+"""The device-mapper tables of a volume.
 
-dm-crypt below, dm-verity above: the root hash covers the plaintext that the file system reads, so
-that whatever the host does to the file ends as EIO and never as data. Nothing in a table comes
-from the image file.
+Of a sealed image, from the manifest alone: dm-crypt below, dm-verity above. The root hash covers
+the plaintext that the file system reads, so that whatever the host does to the file ends as EIO
+and never as data. Nothing in such a table comes from the image file.
+
+Of a foreign one: dm-crypt alone. Cipher and tweak are ours; from the image come three numbers,
+which the strict reader validated: where the payload begins, its size and its sectors' size.
 
 Source: Linux, Documentation/admin-guide/device-mapper/dm-crypt.rst and verity.rst.
 """
@@ -13,6 +16,7 @@ import dataclasses
 from typing import Literal
 
 from tdxd.core.bundle import BLOCK_BYTES, VOLUME_KEY_BYTES, Manifest
+from tdxd.core.foreign import AnyManifest, ForeignManifest
 
 __all__ = [
     "OURS",
@@ -22,6 +26,7 @@ __all__ = [
     "crypt_table",
     "device_name",
     "device_uuid",
+    "foreign_table",
     "key_description",
     "verity_is_intact",
     "verity_table",
@@ -45,7 +50,7 @@ class Table:
     parameters: str
 
 
-def device_uuid(manifest: Manifest, layer: Layer) -> str:
+def device_uuid(manifest: AnyManifest, layer: Layer) -> str:
     """Return `TDXD-<volume>-<first 32 hex digits of SHA-256(manifest)>-<layer>`.
 
     At most 109 characters; the kernel takes 128. The kernel keeps uuids unique, so that one
@@ -55,12 +60,12 @@ def device_uuid(manifest: Manifest, layer: Layer) -> str:
     return f"{OURS}{manifest.volume_id}-{digest}-{layer}"
 
 
-def device_name(manifest: Manifest, layer: Layer) -> str:
+def device_name(manifest: AnyManifest, layer: Layer) -> str:
     """Return a name a person can read in `dmsetup ls`: at most 99 of the kernel's 127 bytes."""
     return f"tdxd-{manifest.volume_id}-{manifest.generation}-{layer}"
 
 
-def key_description(manifest: Manifest) -> str:
+def key_description(manifest: AnyManifest) -> str:
     """Return the description under which the kernel's keyring holds the volume key."""
     return f"tdxd:{manifest.volume_id}:{manifest.generation}"
 
@@ -71,13 +76,40 @@ def crypt_table(manifest: Manifest, *, device: str, offset_bytes: int) -> Table:
     `device` is MAJOR:MINOR. The tweak of a 4096-byte sector is its number in units of 512 bytes,
     counted from the start of the payload: the format's plain64 without iv_large_sectors.
     """
+    start = _crypt(manifest, device, offset_bytes)
+    sectors = manifest.payload_bytes // SECTOR_BYTES
+    return Table("crypt", sectors, f"{start} 1 sector_size:{BLOCK_BYTES}")
+
+
+def foreign_table(
+    manifest: ForeignManifest,
+    *,
+    device: str,
+    offset_bytes: int,
+    payload_bytes: int,
+    sector_bytes: int,
+) -> Table:
+    """Return the dm-crypt table of a foreign volume, as `cryptsetup` would make it.
+
+    Sectors of 512 bytes are what dm-crypt has without being told, and it does not tell them.
+
+    Raises: ValueError for sectors of another size, and for numbers that are not whole sectors.
+    """
+    ragged = offset_bytes % sector_bytes or payload_bytes % sector_bytes
+    if sector_bytes not in (SECTOR_BYTES, BLOCK_BYTES) or ragged or payload_bytes <= 0:
+        msg = f"payload of {payload_bytes} bytes from {offset_bytes} in sectors of {sector_bytes}"
+        raise ValueError(msg)
+    start = _crypt(manifest, device, offset_bytes)
+    sectors = payload_bytes // SECTOR_BYTES
+    if sector_bytes == SECTOR_BYTES:
+        return Table("crypt", sectors, start)
+    return Table("crypt", sectors, f"{start} 1 sector_size:{sector_bytes}")
+
+
+def _crypt(manifest: AnyManifest, device: str, offset_bytes: int) -> str:
+    """Return the parameters of dm-crypt up to the optional ones."""
     key = f":{VOLUME_KEY_BYTES}:logon:{key_description(manifest)}"
-    start = offset_bytes // SECTOR_BYTES
-    return Table(
-        "crypt",
-        manifest.payload_bytes // SECTOR_BYTES,
-        f"aes-xts-plain64 {key} 0 {device} {start} 1 sector_size:{BLOCK_BYTES}",
-    )
+    return f"aes-xts-plain64 {key} 0 {device} {offset_bytes // SECTOR_BYTES}"
 
 
 def verity_table(manifest: Manifest, *, device: str) -> Table:

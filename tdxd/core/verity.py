@@ -13,7 +13,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 
-from tdxd.core.bundle import BLOCK_BYTES
+from tdxd.core.runs import (
+    DIGEST_BYTES,
+    DIGESTS_PER_BLOCK,
+    padded,
+    run_digests,
+)
 
 __all__ = [
     "DIGESTS_PER_BLOCK",
@@ -25,9 +30,6 @@ __all__ = [
     "padded",
     "run_digests",
 ]
-
-DIGEST_BYTES = 32
-DIGESTS_PER_BLOCK = BLOCK_BYTES // DIGEST_BYTES
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,19 +90,3 @@ def block_digest(salt: bytes, block: bytes | memoryview) -> bytes:
     state = hashlib.sha256(salt)
     state.update(block)
     return state.digest()
-
-
-def run_digests(salt: bytes, blocks: memoryview) -> bytes:
-    """Hash a run of whole blocks: 32 bytes for each 4096 of the input, in order."""
-    salted = hashlib.sha256(salt).copy
-    digests = []
-    for start in range(0, len(blocks), BLOCK_BYTES):
-        state = salted()
-        state.update(blocks[start : start + BLOCK_BYTES])
-        digests.append(state.digest())
-    return b"".join(digests)
-
-
-def padded(digests: bytes) -> bytes:
-    """Fill digests up with zeros to whole 4096-byte hash blocks."""
-    return digests + bytes(-len(digests) % BLOCK_BYTES)

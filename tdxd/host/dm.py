@@ -100,8 +100,8 @@ def available() -> bool:
     return True
 
 
-def create(name: str, uuid: str, table: Table) -> Device:
-    """Make a read-only device with one target, activate it and compare what the kernel made of it.
+def create(name: str, uuid: str, table: Table, *, writable: bool = False) -> Device:
+    """Make a device with one target, activate it and compare what the kernel made of it.
 
     Raises: BusyError if there already is one of this name or uuid; HostError. Nothing is left.
     """
@@ -114,18 +114,18 @@ def create(name: str, uuid: str, table: Table) -> Device:
         raise BusyError(f"device mapper {uuid}: exists", hint=hint) from exc
     device = Device(uuid, f"{os.major(made.dev)}:{os.minor(made.dev)}")
     try:
-        flags = _READONLY_FLAG | _SECURE_DATA_FLAG
+        flags = _SECURE_DATA_FLAG | (0 if writable else _READONLY_FLAG)
         _call(_TABLE_LOAD, uuid=uuid, table=table, flags=flags)
         _call(_DEV_SUSPEND, uuid=uuid)  # without the suspend flag: resume
-        _check(uuid, table)
+        _check(uuid, table, writable=writable)
     except HostError:
-        with contextlib.suppress(HostError, BusyError):
-            remove(uuid)
+        with contextlib.suppress(HostError):
+            remove(uuid, deferred=True)  # a probe may hold it
         raise
     return device
 
 
-def _check(uuid: str, table: Table) -> None:
+def _check(uuid: str, table: Table, *, writable: bool) -> None:
     """Read the live table back.
 
     Raises: HostError if it is not what was loaded.
@@ -133,7 +133,8 @@ def _check(uuid: str, table: Table) -> None:
     live = _call(_TABLE_STATUS, uuid=uuid, flags=_STATUS_TABLE_FLAG | _NOFLUSH_FLAG)
     found = (live.target, live.sectors, live.parameters)
     read_only = bool(live.flags & _READONLY_FLAG)
-    if found != (table.target, table.sectors, table.parameters) or not read_only:
+    wanted = (table.target, table.sectors, table.parameters)
+    if found != wanted or read_only is writable:
         hint = "another program changed the device, or this kernel writes tables differently"
         raise HostError("read back the table of", uuid, errno.EBADMSG, hint=hint)
 

@@ -1,7 +1,7 @@
 """Loop devices: attach a descriptor, find and detach ours.
 
-All of ours are read-only and autoclear: the kernel lets go of one when its last opener, or the
-mount on it, is gone, also after a crash.
+All of ours are autoclear: the kernel lets go of one when its last opener, or the mount on it, is
+gone, also after a crash. They are read-only but below a volume that its owner wants writable.
 
 Source: Linux, include/uapi/linux/loop.h; loop(4).
 """
@@ -14,8 +14,10 @@ import fcntl
 import os
 import stat
 import struct
+import time
 from pathlib import Path
 
+from tdxd.core.bundle import BLOCK_BYTES
 from tdxd.errors import HostError
 
 __all__ = ["LoopDevice", "attach", "attached", "detach"]
@@ -26,13 +28,13 @@ _LOOP_CLR_FD = 0x4C01
 _LO_FLAGS_READ_ONLY = 1
 _LO_FLAGS_AUTOCLEAR = 4
 _LO_FLAGS_DIRECT_IO = 16
-_BLOCK_BYTES = 4096
 _NAME_BYTES = 64
 _CONFIG = struct.Struct(f"<II5Q4I{_NAME_BYTES}s64s32s2Q8Q")
 """struct loop_config: fd, block_size, struct loop_info64, 8 reserved; 304 bytes."""
 _CONTROL = "/dev/loop-control"
-_LOOP_MAJOR = 7
-_ATTEMPTS = 16
+_BUSY_TIMEOUT_S = 5.0
+_BUSY_SLEEP_S = 0.004
+_HINT = "this needs root, and the kernel's loop driver (modprobe loop)"
 
 LoopDevice = tuple[str, int]
 """The device's path, and an open descriptor of it, which keeps it attached."""
@@ -45,51 +47,57 @@ def attach(
     offset_bytes: int = 0,
     size_bytes: int = 0,
     direct_io: bool = False,
+    block_bytes: int = BLOCK_BYTES,
+    writable: bool = False,
 ) -> LoopDevice:
-    """Attach a regular file's descriptor to a free loop device, read-only, autoclear, 4096.
+    """Attach a regular file's descriptor to a free loop device, read-only and autoclear.
 
-    The device shows `size_bytes` of the file from `offset_bytes` on (0: all that follows).
-    With `direct_io` the file's own pages are not cached a second time, where its file system
-    can. `name` is shown by losetup. The caller owns the returned descriptor; `fd` may be closed.
+    A `writable` one needs a descriptor that is open for writing, too. The device shows
+    `size_bytes` of the file from `offset_bytes` on (0: all that follows), in sectors of
+    `block_bytes`. With `direct_io` the file's own pages are not cached a second time, where its
+    file system can. `name` is shown by losetup. The caller owns the returned descriptor; `fd`
+    may be closed.
 
     Raises: HostError.
     """
-    flags = _LO_FLAGS_READ_ONLY | _LO_FLAGS_AUTOCLEAR
+    flags = _LO_FLAGS_AUTOCLEAR | (0 if writable else _LO_FLAGS_READ_ONLY)
     kept = name.encode()[: _NAME_BYTES - 1]
     wanted = (flags | _LO_FLAGS_DIRECT_IO, flags) if direct_io else (flags,)
     configs = [
         _CONFIG.pack(
             fd,
-            _BLOCK_BYTES,
+            block_bytes,
             *(0, 0, 0, offset_bytes, size_bytes, 0, 0, 0, one),
             *(kept, b"", b"", 0, 0),
             *([0] * 8),
         )
         for one in wanted
     ]
-    hint = "this needs root, and the kernel's loop driver (modprobe loop)"
     try:
         control = os.open(_CONTROL, os.O_RDWR | os.O_CLOEXEC)
     except OSError as exc:
-        raise HostError.of("open", _CONTROL, exc, hint=hint) from exc
+        raise HostError.of("open", _CONTROL, exc, hint=_HINT) from exc
     try:
-        for _ in range(_ATTEMPTS):
-            made = _try(control, configs)
+        deadline_s = time.monotonic() + _BUSY_TIMEOUT_S
+        while time.monotonic() < deadline_s:
+            made = _try(control, configs, os.O_RDWR if writable else os.O_RDONLY)
             if made is not None:
                 return made
+            # All that ask at one moment are told of the same device, and one of them gets it.
+            time.sleep(os.urandom(1)[0] / 255 * _BUSY_SLEEP_S)
     finally:
         os.close(control)
     raise HostError("attach a loop device to", name, errno.EBUSY)
 
 
-def _try(control: int, configs: list[bytes]) -> LoopDevice | None:
+def _try(control: int, configs: list[bytes], access: int) -> LoopDevice | None:
     """Try one free device; `None` if somebody else took it first."""
     path = "/dev/loop"
     try:
         path = f"/dev/loop{fcntl.ioctl(control, _LOOP_CTL_GET_FREE)}"
-        device = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        device = os.open(path, access | os.O_CLOEXEC)
     except OSError as exc:
-        raise HostError.of("open", path, exc) from exc
+        raise HostError.of("open", path, exc, hint=_HINT) from exc
     try:
         if not stat.S_ISBLK(os.fstat(device).st_mode):
             raise OSError(errno.ENOTBLK, os.strerror(errno.ENOTBLK))

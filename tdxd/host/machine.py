@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tdxd.errors import HostError
 
-__all__ = ["boot_id", "harden", "is_tdx_guest", "swap_areas"]
+__all__ = ["available_memory_bytes", "boot_id", "harden", "is_tdx_guest", "swap_areas"]
 
 _PR_SET_DUMPABLE = 4
 """Source: prctl(2)."""
@@ -63,3 +63,49 @@ def boot_id(path: str = "/proc/sys/kernel/random/boot_id") -> str:
         return Path(path).read_text(encoding="ascii").strip()
     except OSError as exc:
         raise HostError.of("read", path, exc) from exc
+
+
+def available_memory_bytes(proc: str = "/proc", cgroups: str = "/sys/fs/cgroup") -> int:
+    """Return how much memory this process could still get without swapping.
+
+    It is what the kernel estimates for the machine, or what a control group above this process
+    still allows, whichever is less. File caches count as available.
+
+    Raises: HostError.
+    Source: proc(5) "MemAvailable"; Linux, Documentation/admin-guide/cgroup-v2.rst.
+    """
+    path = f"{proc}/meminfo"
+    try:
+        facts = _numbers(Path(path))
+        group = Path(f"{proc}/self/cgroup").read_text(encoding="utf-8")
+    except OSError as exc:
+        raise HostError.of("read", exc.filename or path, exc) from exc
+    left = [facts.get("MemAvailable:", 0) * 1024]
+    own = [line[3:].lstrip("/") for line in group.splitlines() if line[:3] == "0::"]
+    for name in own:
+        directory = Path(cgroups) / name
+        for one in (directory, *directory.parents):
+            if not one.is_relative_to(cgroups):
+                break
+            # The root group has no limit, and a group that is hidden from us cannot be asked.
+            with contextlib.suppress(OSError, ValueError):
+                left.append(_left_in_group(one))
+    return min(left)
+
+
+def _left_in_group(directory: Path) -> int:
+    """Return what a control group still allows.
+
+    Raises: ValueError if it has no limit ("max"); OSError.
+    """
+    limit = int((directory / "memory.max").read_text())
+    used = int((directory / "memory.current").read_text())
+    cached = _numbers(directory / "memory.stat")
+    reclaimable = cached.get("active_file", 0) + cached.get("inactive_file", 0)
+    return max(0, limit - used + reclaimable)
+
+
+def _numbers(path: Path) -> dict[str, int]:
+    """Read lines of a name and a number."""
+    lines = path.read_text(encoding="ascii").splitlines()
+    return {words[0]: int(words[1]) for words in map(str.split, lines)}

@@ -1,7 +1,8 @@
 """The `memory` mapper: verify and decrypt a whole image into memory, for kernels without dm.
 
 The plaintext is a memfd that nobody can write any more, behind a read-only loop device. It costs
-as much memory as the image; later changes of the file do not matter.
+as much memory as the image; later changes of the file do not matter. A foreign image is decrypted
+only: there is nothing to verify it with.
 """
 
 from __future__ import annotations
@@ -10,21 +11,27 @@ import contextlib
 import errno
 import fcntl
 import os
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Literal
 
-from tdxd.core import verity
-from tdxd.core.bundle import BLOCK_BYTES, KeyBundle, Manifest, volume_key
-from tdxd.errors import HostError, TdxdError
+from tdxd.core import sealed
+from tdxd.core.bundle import BLOCK_BYTES, KeyBundle, volume_key
+from tdxd.core.foreign import AnyBundle, AnyManifest, PassphraseBundle
+from tdxd.errors import HostError, IntegrityError, TdxdError
 from tdxd.host import loop
-from tdxd.host.image_file import open_image, open_tree
+from tdxd.host.image_file import open_file, open_image, open_tree, read_range
+from tdxd.host.os_error import as_host_error
 from tdxd.host.ports import MappedVolume
 from tdxd.host.range_worker import Task
 from tdxd.host.workers import RANGE_BLOCKS, Workers
 
+if TYPE_CHECKING:
+    from tdxd.core.luks2_read import Luks2Header
+
 __all__ = ["MemoryMapper"]
 
 _NAME = "tdxd:"
+_KEEP = "keep the plaintext of"
 _BACKING_PREFIX = f"/memfd:{_NAME}"
 _SEALS = (
     fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
@@ -45,35 +52,63 @@ class MemoryMapper:
         self._workers = workers or len(os.sched_getaffinity(0))
 
     def map_volume(
-        self, image: str, bundle: KeyBundle, *, cancelled: Callable[[], bool]
+        self,
+        image: str,
+        bundle: AnyBundle,
+        *,
+        cancelled: Callable[[], bool],
+        writable: bool = False,
     ) -> MappedVolume:
         """Open the image; polls `cancelled` and leaves nothing behind if it turns true.
 
-        Raises: MissingError, BadHeaderError, IntegrityError; HostError, with ENOMEM over the
-        limit and with ECANCELED when cancelled.
+        Raises: MissingError, BadHeaderError, WrongPassphraseError, IntegrityError; HostError,
+        with ENOMEM over the limit, with ECANCELED when cancelled, with EROFS for `writable`.
         """
+        if writable:
+            hint = 'only mapper = "dm" can write, this one maps a copy in memory'
+            raise HostError("map for writing", image, errno.EROFS, hint=hint)
+        if isinstance(bundle, PassphraseBundle):
+            return self._map_foreign(image, bundle, cancelled)
+        return self._map_sealed(image, bundle, cancelled)
+
+    def _map_sealed(
+        self, image: str, bundle: KeyBundle, cancelled: Callable[[], bool]
+    ) -> MappedVolume:
         manifest = bundle.manifest
-        name = f"{_NAME}{manifest.volume_id}:{manifest.generation}"
-        with open_image(image, manifest) as image_fd:
-            self._check_limit(image, manifest)
-            memory = os.memfd_create(name, os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC)
-            try:
-                self._fill(image, image_fd, bundle, memory, cancelled)
-                fcntl.fcntl(memory, fcntl.F_ADD_SEALS, _SEALS)
-                device, fd = loop.attach(memory, name=name)
-            finally:
-                os.close(memory)
-        return MappedVolume(manifest=manifest, device=device, mapper="memory", fd=fd)
+        with open_image(image, manifest) as fd:
+            self._check_limit(image, manifest.payload_bytes)
+            with _memory(manifest) as memory:
+                self._open(image, fd, bundle, memory, cancelled)
+                return _shown(memory, manifest, manifest.payload_bytes)
 
-    def _check_limit(self, image: str, manifest: Manifest) -> None:
-        if manifest.payload_bytes > self._limit_bytes:
-            hint = (
-                f"it needs {manifest.payload_bytes} bytes of memory, "
-                f"memory_limit_bytes is {self._limit_bytes}"
+    def _map_foreign(
+        self, image: str, bundle: PassphraseBundle, cancelled: Callable[[], bool]
+    ) -> MappedVolume:
+        from tdxd.host import luks2_map  # 10 ms: not at start
+
+        manifest = bundle.manifest
+        with open_file(image) as fd:
+            opened = luks2_map.read_foreign(image, fd, manifest)
+            header = opened.header
+            self._check_limit(image, header.payload_bytes)
+            _check_size(
+                image,
+                header.payload_bytes,
+                luks2_map.spare_memory_bytes(),
+                "to be had is",
             )
-            raise HostError("map into memory", image, errno.ENOMEM, hint=hint)
+            with (
+                luks2_map.unlocked(opened, bundle.secret, cancelled=cancelled) as key,
+                _memory(manifest) as memory,
+            ):
+                self._decrypt(image, fd, header, key.reveal(), memory, cancelled)
+                sector_bytes = header.sector_bytes
+                return _shown(memory, manifest, header.payload_bytes, sector_bytes)
 
-    def _fill(
+    def _check_limit(self, image: str, payload_bytes: int) -> None:
+        _check_size(image, payload_bytes, self._limit_bytes, "memory_limit_bytes is")
+
+    def _open(
         self,
         image: str,
         image_fd: int,
@@ -82,9 +117,14 @@ class MemoryMapper:
         cancelled: Callable[[], bool],
     ) -> None:
         """Put the verified plaintext of the file system into `memory`."""
-        manifest = bundle.manifest
-        with volume_key(bundle) as key:
-            open_tree(image, image_fd, manifest, key.reveal(), memory)
+        manifest, blocks = bundle.manifest, bundle.manifest.data_blocks
+        with (
+            volume_key(bundle) as key,
+            as_host_error("work on", image),
+            self._started(image, (image_fd, memory), blocks) as workers,
+        ):
+            # The workers load their libraries meanwhile.
+            leaves = open_tree(image, image_fd, manifest, key.reveal(), memory)
             task = Task(
                 op="open",
                 in_fd=image_fd,
@@ -92,15 +132,58 @@ class MemoryMapper:
                 out_fd=memory,
                 out_base=0,
                 digests_fd=memory,
-                digests_base=_leaves(manifest) * BLOCK_BYTES,
+                digests_base=leaves.digests_base,
+                leaf_block=leaves.first_block,
                 key=key.reveal(),
                 salt=manifest.salt,
             )
-            ranges = -(-manifest.data_blocks // RANGE_BLOCKS)
-            count = min(self._workers, ranges)
-            with Workers(count, fds=(image_fd, memory), what=image) as workers:
-                workers.run(task, blocks=manifest.data_blocks, cancelled=cancelled)
-        os.ftruncate(memory, manifest.data_blocks * BLOCK_BYTES)
+            workers.run(task, blocks=blocks, cancelled=cancelled)
+        with as_host_error(_KEEP, image):
+            os.ftruncate(memory, manifest.data_blocks * BLOCK_BYTES)
+
+    def _decrypt(
+        self,
+        image: str,
+        image_fd: int,
+        header: Luks2Header,
+        key: bytes,
+        memory: int,
+        cancelled: Callable[[], bool],
+    ) -> None:
+        """Put the plaintext of a foreign payload into `memory`."""
+        task = Task(
+            op="decrypt",
+            in_fd=image_fd,
+            in_base=header.payload_offset_bytes,
+            out_fd=memory,
+            out_base=0,
+            key=key,
+            sector_bytes=header.sector_bytes,
+        )
+        blocks, tail_bytes = divmod(header.payload_bytes, BLOCK_BYTES)
+        with (
+            as_host_error("work on", image),
+            self._started(image, (image_fd, memory), blocks) as workers,
+        ):
+            workers.run(task, blocks=blocks, cancelled=cancelled)
+        if tail_bytes:  # a few sectors of 512 bytes: not work for workers
+            start = header.payload_offset_bytes + blocks * BLOCK_BYTES
+            run = read_range(image, image_fd, start, tail_bytes)
+            if len(run) < tail_bytes:
+                hint = "the file is truncated; copy it again"
+                raise IntegrityError(f"{image}: ends inside block {blocks}", hint=hint)
+            out = memoryview(bytearray(tail_bytes + sealed.RUN_SLACK_BYTES))
+            size = header.sector_bytes
+            sealed.decrypt_run(key, blocks, memoryview(run), out, sector_bytes=size)
+            with as_host_error(_KEEP, image):
+                written = os.pwrite(memory, out[:tail_bytes], blocks * BLOCK_BYTES)
+            if written < tail_bytes:
+                raise HostError(_KEEP, image, errno.ENOSPC)
+
+    def _started(self, image: str, fds: tuple[int, int], blocks: int) -> Workers:
+        """Start no more workers than there is work for."""
+        count = min(self._workers, -(-blocks // RANGE_BLOCKS))
+        return Workers(count, fds=fds, what=image)
 
     def unmap(self, mapped: MappedVolume) -> None:
         """Let go of the loop device and its memory; harmless when repeated.
@@ -113,7 +196,7 @@ class MemoryMapper:
                 os.close(mapped.fd)
 
     def intact(self, mapped: MappedVolume) -> bool:
-        """Say that no wrong block was met: every one was verified before there was a device."""
+        """Say that no wrong block was met: all that can be known is known before mapping ends."""
         return mapped.mapper == "memory"
 
     def sweep(self) -> tuple[str, ...]:
@@ -125,7 +208,47 @@ class MemoryMapper:
         return found
 
 
-def _leaves(manifest: Manifest) -> int:
-    """Return the payload block where the digests of the data begin."""
-    levels = verity.geometry(manifest.data_blocks).levels
-    return levels[-1].first_block if levels else manifest.data_blocks
+def _check_size(image: str, payload_bytes: int, most_bytes: int, most: str) -> None:
+    """Check that a payload takes at most some memory, whose name is `most`.
+
+    Raises: HostError with ENOMEM.
+    """
+    if payload_bytes > most_bytes:
+        hint = f"it needs {payload_bytes} bytes of memory, {most} {most_bytes}"
+        raise HostError("map into memory", image, errno.ENOMEM, hint=hint)
+
+
+@contextlib.contextmanager
+def _memory(manifest: AnyManifest) -> Iterator[int]:
+    """Yield a descriptor of new memory, which lives on only behind a loop device."""
+    flags = os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC
+    with as_host_error("make memory for", _name(manifest)):
+        memory = os.memfd_create(_name(manifest), flags)
+    try:
+        yield memory
+    finally:
+        os.close(memory)
+
+
+def _shown(
+    memory: int,
+    manifest: AnyManifest,
+    payload_bytes: int,
+    sector_bytes: int = BLOCK_BYTES,
+) -> MappedVolume:
+    """Let nobody write the memory any more, and show it as a block device."""
+    name = _name(manifest)
+    with as_host_error("seal the memory of", name):
+        fcntl.fcntl(memory, fcntl.F_ADD_SEALS, _SEALS)
+    device, fd = loop.attach(memory, name=name, block_bytes=sector_bytes)
+    return MappedVolume(
+        manifest=manifest,
+        device=device,
+        mapper="memory",
+        fd=fd,
+        payload_bytes=payload_bytes,
+    )
+
+
+def _name(manifest: AnyManifest) -> str:
+    return f"{_NAME}{manifest.volume_id}:{manifest.generation}"

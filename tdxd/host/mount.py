@@ -12,6 +12,7 @@ import os
 import re
 
 from tdxd.errors import BusyError, HostError
+from tdxd.host.os_error import as_host_error
 from tdxd.host.ports import MappedVolume
 
 __all__ = [
@@ -37,7 +38,7 @@ MS_REC = 0x4000
 MS_PRIVATE = 0x40000
 MNT_DETACH = 0x2
 _CLONE_NEWNS = 0x00020000
-_VOLUME_FLAGS = MS_RDONLY | MS_NODEV | MS_NOSUID | MS_NOEXEC | MS_NOSYMFOLLOW
+_VOLUME_FLAGS = MS_NODEV | MS_NOSUID | MS_NOEXEC | MS_NOSYMFOLLOW
 _BARE = MS_NODEV | MS_NOSUID | MS_NOEXEC
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -130,15 +131,18 @@ class KernelMounts:
     """Mounts volumes; implements `ports.Mounts`."""
 
     def mount_volume(self, mapped: MappedVolume, target: str) -> None:
-        """Make the directory and mount read-only, nodev, nosuid, noexec, nosymfollow.
+        """Make the directory and mount nodev, nosuid, noexec, nosymfollow.
 
-        The caller may close `mapped.fd` afterwards: the mount keeps the loop device.
+        Read-only unless the volume is writable; read-only ext4 leaves its journal alone (`noload`),
+        since replaying it would write. The caller may close `mapped.fd` afterwards: the mount
+        keeps the loop device.
 
         Raises: HostError, and leaves no directory behind.
         """
-        os.makedirs(target, mode=0o700, exist_ok=True)
+        with as_host_error("make", target):
+            os.makedirs(target, mode=0o700, exist_ok=True)
         try:
-            _mount(mapped.device, target, mapped.manifest.fs, _VOLUME_FLAGS)
+            _mount(mapped.device, target, mapped.manifest.fs, *_how(mapped))
         except HostError:
             _remove_directory(target)
             raise
@@ -160,6 +164,16 @@ class KernelMounts:
         """Return the mount points below `directory`, deepest last."""
         below = [point for point in mount_points() if point.startswith(directory + "/")]
         return tuple(sorted(below, key=lambda point: point.count("/")))
+
+
+def _how(mapped: MappedVolume) -> tuple[int, str]:
+    """Return the flags and the file system's own options."""
+    flags = _VOLUME_FLAGS | (0 if mapped.writable else MS_RDONLY)
+    if mapped.manifest.fs != "ext4":
+        return flags, ""
+    # Its superblock may ask for a panic instead, which any flipped bit would bring about.
+    options = "errors=remount-ro"
+    return flags, options if mapped.writable else f"noload,{options}"
 
 
 def _remove_directory(path: str) -> None:

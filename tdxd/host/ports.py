@@ -12,8 +12,10 @@ import dataclasses
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Literal, Protocol
 
-from tdxd.core.bundle import KeyBundle, Manifest
+from tdxd.core.foreign import AnyBundle, AnyManifest
 from tdxd.host import clock
+from tdxd.host.cgroup import Limits
+from tdxd.host.confine import Confinement
 
 __all__ = [
     "Cell",
@@ -26,6 +28,7 @@ __all__ = [
     "MappedVolume",
     "Mapper",
     "Mounts",
+    "PrivateTmp",
     "Rtmr",
     "Tsm",
 ]
@@ -67,26 +70,41 @@ class MappedVolume:
     """Proof that an image was opened with the right key: a block device of its plaintext.
 
     `fd` is an open descriptor of `device`, or -1: it keeps an autoclear loop device alive until
-    the device is mounted.
+    the device is mounted. `payload_bytes` is what lies in the image, hash tree included; 0 if
+    an older program mapped it and did not say.
     """
 
-    manifest: Manifest
+    manifest: AnyManifest
     device: str
     mapper: Literal["dm", "memory"]
     fd: int = -1
+    writable: bool = False
+    payload_bytes: int = 0
 
 
 class Mapper(Protocol):
-    """Opens sealed images. Contract: never a wrong byte."""
+    """Opens images. Contract: never a wrong byte of a sealed one.
+
+    Of a foreign one: its header is read once, nothing in it but validated numbers is used, and
+    no byte is shown that did not go through the cipher with the key that the passphrase opened.
+    """
 
     name: Literal["dm", "memory"]
 
     def map_volume(
-        self, image: str, bundle: KeyBundle, *, cancelled: Callable[[], bool]
+        self,
+        image: str,
+        bundle: AnyBundle,
+        *,
+        cancelled: Callable[[], bool],
+        writable: bool = False,
     ) -> MappedVolume:
         """Open the image; polls `cancelled` and leaves nothing behind if it turns true.
 
-        Raises: MissingError, BadHeaderError, IntegrityError.
+        `writable` is for foreign volumes only, and only `dm` can.
+
+        Raises: MissingError, BadHeaderError, IntegrityError, WrongPassphraseError; HostError
+        with EROFS for a `writable` that cannot be.
         """
         ...
 
@@ -98,7 +116,10 @@ class Mapper(Protocol):
         ...
 
     def intact(self, mapped: MappedVolume) -> bool:
-        """Say whether no wrong block was met since mapping (dm-verity's status)."""
+        """Say whether no wrong block was met since mapping (dm-verity's status).
+
+        A foreign volume, which cannot know, is intact while its device exists.
+        """
         ...
 
     def sweep(self) -> Sequence[str]:
@@ -110,7 +131,10 @@ class Mounts(Protocol):
     """Mounts in the daemon's private mount namespace."""
 
     def mount_volume(self, mapped: MappedVolume, target: str) -> None:
-        """Make the directory and mount read-only, nodev, nosuid, noexec, nosymfollow."""
+        """Make the directory and mount nodev, nosuid, noexec, nosymfollow.
+
+        Read-only unless the volume is writable.
+        """
         ...
 
     def unmount(self, target: str) -> None:
@@ -137,6 +161,15 @@ class Cell(Protocol):
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class PrivateTmp:
+    """A directory of a cell's own, in memory, empty at first, for one user alone."""
+
+    path: str
+    user: str
+    size_bytes: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ChildSpec:
     """One child process: what to run, as whom, where.
 
@@ -148,6 +181,8 @@ class ChildSpec:
     user: str
     cell: Cell
     pass_fds: tuple[int, ...] = ()
+    confinement: Confinement | None = None
+    limits: Limits | None = None
     env: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -191,8 +226,19 @@ class HandedChild:
 class Children(Protocol):
     """Starts children, each in a cell."""
 
-    def make_cell(self, *, hide: str, binds: Sequence[tuple[str, str]]) -> Cell:
-        """Make a cell where `hide` is an empty directory but for `binds`.
+    @property
+    def limits_problem(self) -> str:
+        """Why limits of children are not in force, if one was asked for; else nothing."""
+        ...
+
+    def make_cell(
+        self,
+        *,
+        hide: str,
+        binds: Sequence[tuple[str, str]],
+        tmp: PrivateTmp | None = None,
+    ) -> Cell:
+        """Make a cell where `hide` is an empty directory but for `binds` and `tmp`.
 
         Each bind is (source, target below `hide`). All cells share one network namespace.
         """

@@ -190,14 +190,25 @@ def _start(fds: tuple[int, ...]) -> subprocess.Popen[bytes]:
     root = os.path.dirname(os.path.dirname(os.path.abspath(tdxd.__file__)))
     # Packages keep all modules in `root` and run without site: then so do the workers.
     isolated = "-IS" if sys.flags.no_site else "-I"
-    return subprocess.Popen(
-        [sys.executable, isolated, "-c", _PROGRAM, root],
-        bufsize=0,  # an answer must not wait in a buffer that select does not see
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        pass_fds=fds,
-        start_new_session=True,
-    )
+    # Popen's own pipes would stay open for ever if the second one cannot be had.
+    with contextlib.ExitStack() as theirs, contextlib.ExitStack() as ours:
+        their_in, our_in = os.pipe()
+        theirs.callback(os.close, their_in)
+        # Unbuffered: an answer must not wait in a buffer that select does not see.
+        stdin = ours.enter_context(open(our_in, "wb", buffering=0))
+        our_out, their_out = os.pipe()
+        theirs.callback(os.close, their_out)
+        stdout = ours.enter_context(open(our_out, "rb", buffering=0))
+        process = subprocess.Popen(
+            [sys.executable, isolated, "-c", _PROGRAM, root],
+            stdin=their_in,
+            stdout=their_out,
+            pass_fds=fds,
+            start_new_session=True,
+        )
+        ours.pop_all()
+    process.stdin, process.stdout = stdin, stdout
+    return process
 
 
 def _stdout(process: subprocess.Popen[bytes]) -> IO[bytes]:

@@ -24,7 +24,7 @@ from tdxd.host.mount import KernelMounts
 from tdxd.host.ports import MappedVolume, Mapper
 from tdxd.host.workers import never
 from tests import reference_image
-from tests.leftovers import held, loops_and_mappings
+from tests.leftovers import assert_only, held, loops_and_mappings
 
 pytestmark = pytest.mark.root
 
@@ -62,7 +62,7 @@ def image(tmp_path, content) -> reference_image.Reference:
 def _nothing_left(tmp_path) -> Iterator[None]:
     before = held(str(tmp_path))
     yield
-    assert held(str(tmp_path)) == before
+    assert_only(before, str(tmp_path))
 
 
 def read_device(mapped: MappedVolume) -> bytes:

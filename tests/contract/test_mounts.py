@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -13,11 +14,14 @@ from pathlib import Path
 import pytest
 
 from tdxd.errors import BusyError, HostError
+from tdxd.host.dm_map import DmMapper
 from tdxd.host.memory_map import MemoryMapper
 from tdxd.host.mount import KernelMounts
-from tdxd.host.ports import MappedVolume
+from tdxd.host.ports import MappedVolume, Mapper
 from tdxd.host.workers import never
-from tests import reference_image
+from tests import luks2_genuine, reference_image
+from tests.contract.test_mapper import MAPPERS, needs_dm
+from tests.foreign_image import Foreign, foreign
 
 pytestmark = pytest.mark.root
 
@@ -97,6 +101,119 @@ def test_what_is_no_file_system_is_refused_and_leaves_no_directory(tmp_path):
         assert not (tmp_path / "point").exists()
     finally:
         mapper.unmap(volume)
+
+
+def test_a_directory_that_cannot_be_made_is_named(mapped, tmp_path):
+    (tmp_path / "file").touch()
+    for target in (tmp_path / "file", tmp_path / "file/point"):
+        with pytest.raises(HostError, match=f"make {target}: "):
+            KernelMounts().mount_volume(mapped, str(target))
+
+
+# --- foreign volumes ---
+
+
+DIRTY = "feature needs_recovery"
+"""What ext4 says of itself while it is mounted: its journal must be replayed."""
+
+
+def super_options(target: Path) -> tuple[set[str], set[str]]:
+    """The options of a mount, and those of its file system."""
+    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    (words,) = [line.split() for line in lines if line.split()[4] == str(target)]
+    return set(words[5].split(",")), set(words[-1].split(","))
+
+
+@contextlib.contextmanager
+def mounted(mapper: Mapper, made: Foreign, target: Path, **how: bool) -> Iterator[None]:
+    mounts = KernelMounts()
+    volume = mapper.map_volume(
+        str(made.path),
+        made.bundle(),
+        cancelled=never,
+        writable=how.get("writable", False),
+    )
+    try:
+        mounts.mount_volume(volume, str(target))
+        try:
+            yield
+        finally:
+            mounts.unmount(str(target))
+    finally:
+        mapper.unmap(volume)
+
+
+@pytest.fixture(params=["memory", pytest.param("dm", marks=needs_dm)])
+def mapper(request) -> Mapper:
+    return MAPPERS[request.param]()
+
+
+@pytest.mark.parametrize("sector_bytes", [512, 4096])
+def test_a_foreign_volume_is_mounted_read_only(mapper, tmp_path, sector_bytes):
+    data = luks2_genuine.ext4()
+    made = foreign(data, tmp_path / "f.img", sector_bytes=sector_bytes)
+    before = made.path.read_bytes()
+    with mounted(mapper, made, tmp_path / "point"):
+        flags, options = super_options(tmp_path / "point")
+        assert {"ro", "nosuid", "nodev", "noexec", "nosymfollow"} <= flags
+        assert {"ro", "norecovery"} <= options
+        content = (tmp_path / "point/model").read_bytes()
+        assert content.startswith(luks2_genuine.OWNER_PLAINTEXT)
+    assert made.path.read_bytes() == before
+
+
+def test_small_blocks_mount_where_the_sectors_are_small(mapper, tmp_path):
+    with (tmp_path / "fs").open("wb") as file:
+        file.truncate(2**20)
+    subprocess.run(
+        ["mke2fs", "-q", "-F", "-t", "ext4", "-b", "1024", tmp_path / "fs"], check=True
+    )
+    data = (tmp_path / "fs").read_bytes()
+    made = foreign(data, tmp_path / "f.img", sector_bytes=512)
+    with mounted(mapper, made, tmp_path / "point"):
+        assert (tmp_path / "point/lost+found").is_dir()
+
+
+def test_a_journal_is_not_replayed(mapper, tmp_path):
+    """Else the mount would fail: the device cannot be written."""
+    (tmp_path / "fs").write_bytes(luks2_genuine.ext4())
+    command = ["debugfs", "-w", "-R", DIRTY, tmp_path / "fs"]
+    subprocess.run(command, check=True, capture_output=True)
+    made = foreign((tmp_path / "fs").read_bytes(), tmp_path / "f.img")
+    with mounted(mapper, made, tmp_path / "point"):
+        assert (tmp_path / "point/model").is_file()
+
+
+def test_a_damaged_file_system_does_not_stop_the_machine(mapper, tmp_path):
+    """Its superblock may ask for a panic, and any flipped bit would do."""
+    (tmp_path / "fs").write_bytes(luks2_genuine.ext4())
+    command = ["tune2fs", "-e", "panic", tmp_path / "fs"]
+    subprocess.run(command, check=True, capture_output=True)
+    made = foreign((tmp_path / "fs").read_bytes(), tmp_path / "f.img")
+    with mounted(mapper, made, tmp_path / "point"):
+        _, options = super_options(tmp_path / "point")
+        assert "errors=remount-ro" in options
+
+
+def test_a_file_system_of_noise_is_refused(mapper, tmp_path):
+    made = foreign(bytes(65536), tmp_path / "f.img")
+    with pytest.raises(HostError), mounted(mapper, made, tmp_path / "point"):
+        pass
+    assert not (tmp_path / "point").exists()
+
+
+@needs_dm
+def test_a_writable_volume_keeps_what_is_written(tmp_path):
+    made = foreign(luks2_genuine.ext4(), tmp_path / "f.img")
+    with mounted(DmMapper(), made, tmp_path / "point", writable=True):
+        flags, options = super_options(tmp_path / "point")
+        assert {"rw", "nosuid", "nodev", "noexec", "nosymfollow"} <= flags
+        assert "rw" in options
+        assert "norecovery" not in options
+        (tmp_path / "point/note").write_bytes(b"written in the guest")
+    with mounted(DmMapper(), made, tmp_path / "point"):
+        assert (tmp_path / "point/note").read_bytes() == b"written in the guest"
+    assert b"written in the guest" not in made.path.read_bytes()
 
 
 def test_unmounting_nothing_is_harmless(tmp_path):

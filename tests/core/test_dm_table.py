@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from tdxd.core import dm_table
 from tdxd.core.bundle import Manifest
+from tdxd.core.foreign import ForeignManifest
 
 MANIFEST = Manifest(
     volume_id="resnet",
@@ -76,3 +77,51 @@ def test_uuid_and_name_fit_the_kernel(volume_id, generation):
 )
 def test_verity_status(status, intact):
     assert dm_table.verity_is_intact(status) is intact
+
+
+FOREIGN = ForeignManifest(volume_id="old", generation=2)
+
+
+def foreign(**changes: int) -> dm_table.Table:
+    numbers = {
+        "offset_bytes": 2**24,
+        "payload_bytes": 12288,
+        "sector_bytes": 4096,
+    }
+    return dm_table.foreign_table(FOREIGN, device="7:3", **(numbers | changes))
+
+
+def test_a_foreign_payload_has_a_table_of_its_own_numbers():
+    table = foreign()
+    assert (table.target, table.sectors) == ("crypt", 24)
+    assert table.parameters == (
+        "aes-xts-plain64 :64:logon:tdxd:old:2 0 7:3 32768 1 sector_size:4096"
+    )
+
+
+def test_sectors_of_512_bytes_go_without_saying():
+    table = foreign(sector_bytes=512, payload_bytes=1536)
+    assert table.sectors == 3
+    assert table.parameters == "aes-xts-plain64 :64:logon:tdxd:old:2 0 7:3 32768"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sector_bytes": 1024},
+        {"sector_bytes": 8192, "payload_bytes": 8192},
+        {"offset_bytes": 512},
+        {"payload_bytes": 4608},
+        {"payload_bytes": 0},
+        {"payload_bytes": -4096},
+    ],
+)
+def test_numbers_that_are_no_table_are_refused(changes):
+    with pytest.raises(ValueError, match="payload of"):
+        foreign(**changes)
+
+
+def test_a_foreign_device_is_named_after_its_manifest():
+    digest = hashlib.sha256(FOREIGN.encode()).hexdigest()[:32]
+    assert dm_table.device_uuid(FOREIGN, "crypt") == f"TDXD-old-{digest}-crypt"
+    assert dm_table.device_name(FOREIGN, "crypt") == "tdxd-old-2-crypt"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tdxd.core import sealed, verity
+from tdxd.core import verity
 from tdxd.errors import HostError, IntegrityError
 from tdxd.host import libcrypto, range_worker
 from tdxd.host.range_worker import Task
@@ -141,14 +141,35 @@ def test_any_exception_of_the_caller_reaps(source, target):
     assert children() == set()
 
 
+def test_a_worker_loads_nothing_that_it_can_do_without():
+    root = str(Path(__file__).parents[2])
+    program = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "import tdxd.host.range_worker\n"
+        "print(*sorted(sys.modules))\n"
+    )
+    argv = [sys.executable, "-I", "-c", program, root]
+    said = subprocess.run(argv, capture_output=True, text=True, check=True).stdout
+    slow = {"dataclasses", "inspect", "typing", "json", "cryptography", "tdxd.errors"}
+    assert not slow & set(said.split())
+
+
+def test_what_is_left_of_buffers_after_a_part_is_done():
+    first, second, third = (memoryview(bytes([n] * 4)) for n in range(3))
+    for done in range(13):
+        left = range_worker._rest([first, second, third], done)
+        assert b"".join(left) == (b"\0" * 4 + b"\1" * 4 + b"\2" * 4)[done:]
+
+
 @pytest.mark.parametrize("encrypt", [True, False])
 def test_without_libcrypto_the_work_is_the_same(monkeypatch, encrypt):
     source, made = bytearray(os.urandom(3 * 4096)), []
     for library in (libcrypto._library, None):
         monkeypatch.setattr(libcrypto, "_library", library)
-        target = bytearray(len(source) + sealed.RUN_SLACK_BYTES)
-        range_worker.crypt(KEY, source, target, encrypt=encrypt)(77, 3)
-        made.append(target[: len(source)])
+        target = bytearray(len(source))
+        blocks, into = range_worker.blocks_of(source), range_worker.blocks_of(target)
+        range_worker.crypt(KEY, blocks, into, encrypt=encrypt)(77, 3)
+        made.append(target)
     assert made[0] == made[1] != source
 
 
