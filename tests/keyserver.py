@@ -15,6 +15,7 @@ from typing import Any, TypeVar, cast
 
 from tdxd.core.bundle import KeyBundle, Manifest
 from tdxd.core.config import Address, KeyReleaseConfig, PlatformConfig
+from tdxd.core.foreign import AnyBundle
 from tdxd.core.secret import Secret
 from tdxd.errors import TdxdError
 from tdxd.guest.events import Events
@@ -34,7 +35,7 @@ from tdxd.owner.server.init import (
     read_tls,
 )
 from tdxd.owner.server.limits import LimitsConfig
-from tdxd.owner.server.rpc_server import RpcServer, Service
+from tdxd.owner.server.rpc_server import OnEnd, RpcServer, Service
 from tdxd.owner.store.admin import add_bundle
 from tdxd.owner.store.store import AuditRecord, Store
 from tdxd.sim.collateral import Collateral
@@ -191,7 +192,7 @@ class Owner:
         tsm: Tsm | None = None,
         config: KeyReleaseConfig | None = None,
         connect: Connect = GrpcKeyServer,
-    ) -> dict[str, KeyBundle | TdxdError]:
+    ) -> dict[str, AnyBundle | TdxdError]:
         """Fetch as a guest on this platform does; without the leases."""
         found = await self.fetch_leased(
             *volume_ids, tsm=tsm, config=config, connect=connect
@@ -266,10 +267,13 @@ NO_LIMITS = LimitsConfig(
 
 @contextlib.contextmanager
 def serving(
-    service: Service, tls: ServerTls, limits: LimitsConfig = NO_LIMITS
+    service: Service,
+    tls: ServerTls,
+    limits: LimitsConfig = NO_LIMITS,
+    on_end: OnEnd = lambda _kind, _code, _took_s: None,
 ) -> Iterator[Address]:
     """Answer on a loopback port, over real gRPC and TLS."""
-    server = RpcServer(service, tls, limits, share_port=False)
+    server = RpcServer(service, tls, limits, share_port=False, on_end=on_end)
     port = in_server_loop(server.start(LOOPBACK))
     try:
         yield Address("127.0.0.1", port)

@@ -41,6 +41,16 @@ _MEANINGS: tuple[tuple[str, str, str], ...] = (
         "it is replayed or relayed; or the guest pins another signing_key than this server's",
     ),
     (
+        "certificate",
+        "the guest meant another certificate than this connection's",
+        "somebody stands between, or it has just been changed: ask again",
+    ),
+    (
+        "endpoint_proof",
+        "the quote was not made for this connection and this question",
+        "it is replayed or relayed: somebody stands between",
+    ),
+    (
         "root",
         "the quote is signed under a root that is not trusted here",
         "hardware before production, or a simulated platform without its [[root]]",
@@ -112,7 +122,12 @@ _MEANINGS: tuple[tuple[str, str, str], ...] = (
     (
         "runtime",
         "the guest's runtime log does not fit",
-        "it served something else before: boot it anew",
+        "boot it anew; or name the volume that its operator opened in [runtime] operator_volumes",
+    ),
+    (
+        "runtime_volume",
+        "the guest does not serve the volume that is expected",
+        "another model or generation answers, or the guest may not extend RTMR3",
     ),
     (
         "tcb_status",

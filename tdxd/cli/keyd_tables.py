@@ -5,20 +5,35 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from tdxd.core.decode import plain
+from tdxd.core.foreign import ForeignManifest
 from tdxd.core.showing import when
-from tdxd.owner.store.store import AuditRecord, Store
+from tdxd.owner.store.store import AuditRecord, GenerationRow, Store
 
-__all__ = ["audit_row", "print_table", "volume", "when"]
+__all__ = ["audit_row", "header", "print_table", "volume", "when"]
 
 
 def volume(store: Store, volume_id: str) -> dict[str, object]:
     """Return one volume as plain values."""
     policy = store.policy(volume_id)
+    rows = store.generations(volume_id)
     return {
         "id": volume_id,
-        "generations": [row.generation for row in store.generations(volume_id)],
+        "kind": rows[-1].kind if rows else None,
+        "generations": [row.generation for row in rows],
         "policy_version": policy.version if policy else None,
     }
+
+
+def header(row: GenerationRow) -> str:
+    """Say which LUKS2 header a generation's image must have: its SHA-256, or `any`.
+
+    Empty for a sealed image, whose header nobody reads. Nothing of this is authenticated here.
+    """
+    if not row.manifest:
+        return ""
+    source = f"manifest of volume {row.volume_id!r} generation {row.generation}"
+    manifest = ForeignManifest.parse(row.manifest, source=source)
+    return manifest.header_sha256.hex() or "any"
 
 
 def audit_row(record: AuditRecord) -> dict[str, object]:

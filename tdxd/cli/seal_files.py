@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
 from tdxd.core import luks2
 from tdxd.core.bundle import KeyBundle, Manifest
+from tdxd.core.luks2_json import Argon2id, Pbkdf2
 from tdxd.core.sealed import PublicRecord
-from tdxd.errors import HostError
+from tdxd.errors import BadHeaderError, DataError, HostError
+from tdxd.owner.foreign.image import read_foreign
 from tdxd.owner.sealing.image import record_beside
 
 __all__ = ["describe", "read_bundle", "read_record"]
@@ -21,25 +24,9 @@ def describe(path: Path) -> dict[str, object]:
     data = read_start(path)
     source = str(path)
     if data.startswith(luks2.MAGIC):
-        header = luks2.read_header(data, source=source)
-        beside = record_beside(path)
-        told: dict[str, object] = {
-            "kind": "sealed image" if beside.exists() else "LUKS2 image",
-            "uuid": header.uuid,
-            "cipher": header.cipher,
-            "sector_bytes": header.sector_bytes,
-            "payload_offset_bytes": header.payload_offset_bytes,
-            "recovery_keyslot": header.keyslots > 0,
-            "size_bytes": _size_bytes(path),
-        }
-        if beside.exists():
-            record = read_record(beside)
-            told |= {
-                "id": record.id,
-                "generation": record.generation,
-                "sha256": record.sha256,
-            }
-        return told
+        if record_beside(path).exists():
+            return _sealed(path, data)
+        return _luks2(path, data)
     if data.startswith(b"{"):
         record = PublicRecord.parse(data, source=source)
         return {"kind": "public record"} | {
@@ -53,6 +40,61 @@ def describe(path: Path) -> dict[str, object]:
             **_manifest(manifest),
             "secret_bytes": len(secret),
         }
+
+
+def _sealed(path: Path, data: bytes) -> dict[str, object]:
+    record = read_record(record_beside(path))
+    header = luks2.read_header(data, source=str(path))
+    return {
+        "kind": "sealed image",
+        **_header(path, header),
+        "id": record.id,
+        "generation": record.generation,
+        "sha256": record.sha256,
+    }
+
+
+def _header(path: Path, header: luks2.Header) -> dict[str, object]:
+    return {
+        "uuid": header.uuid,
+        "cipher": header.cipher,
+        "sector_bytes": header.sector_bytes,
+        "payload_offset_bytes": header.payload_offset_bytes,
+        "recovery_keyslot": header.keyslots > 0,
+        "size_bytes": _size_bytes(path),
+    }
+
+
+def _luks2(path: Path, data: bytes) -> dict[str, object]:
+    """Tell what a guest takes for a foreign volume; or what a sealed image shows of itself.
+
+    Raises: BadHeaderError, DataError, HostError.
+    """
+    try:
+        found = read_foreign(path)
+    except BadHeaderError:
+        with contextlib.suppress(DataError):
+            header = luks2.read_header(data, source=str(path))
+            if not header.keyslots:  # no passphrase opens it, and no guest reads this
+                return {"kind": "LUKS2 image", **_header(path, header)}
+        raise
+    return {
+        "kind": "LUKS2 image",
+        "uuid": found.header.uuid,
+        "cipher": "aes-xts-plain64",
+        "sector_bytes": found.header.sector_bytes,
+        "payload_offset_bytes": found.header.payload_offset_bytes,
+        "payload_bytes": found.header.payload_bytes,
+        "size_bytes": found.image_bytes,
+        "keyslots": [_kdf(slot.kdf) for slot in found.header.keyslots],
+        "header_sha256": found.header_sha256.hex(),
+    }
+
+
+def _kdf(kdf: Argon2id | Pbkdf2) -> str:
+    if isinstance(kdf, Pbkdf2):
+        return f"pbkdf2 {kdf.iterations} iterations"
+    return f"argon2id {kdf.time} passes, {kdf.memory} KiB, {kdf.cpus} lanes"
 
 
 def _size_bytes(path: Path) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tdxd.cli.boundary import Parser, run
+from tdxd.cli.keyd_add import add_add_verb
 from tdxd.cli.keyd_audit import add_audit_verbs, add_backup_verbs
 from tdxd.cli.keyd_collateral import add_collateral_verbs
 from tdxd.cli.keyd_keys import add_keys_verbs
@@ -84,10 +85,7 @@ def _add_init(verbs: Any) -> None:
 
 
 def _add_volume_verbs(verbs: Any) -> None:
-    add = add_verb(verbs, "add", _add, "add the key bundle of a sealed image")
-    add.add_argument("bundle", metavar="BUNDLE", type=Path)
-    add.add_argument("--policy", type=Path, metavar="FILE", help="set the policy, too")
-    add_kek(add)
+    add_add_verb(verbs)
     add_verb(verbs, "list", _list, "list the volumes")
     show = add_verb(verbs, "show", _show, "show one volume")
     show.add_argument("id", metavar="ID")
@@ -127,24 +125,6 @@ def _init(options: argparse.Namespace) -> int:
     return 0
 
 
-def _add(options: argparse.Namespace) -> int:
-    from tdxd.owner.store.admin import add_bundle
-
-    row = add_bundle(
-        options.store, options.bundle, options.policy, now_s(), kek_file=options.kek
-    )
-    if options.json:
-        return print_json(
-            {
-                "id": row.volume_id,
-                "generation": row.generation,
-                "manifest_sha256": row.manifest_sha256,
-            }
-        )
-    print(f"added {row.volume_id} generation {row.generation}")
-    return 0
-
-
 def _list(options: argparse.Namespace) -> int:
     from tdxd.cli import keyd_tables
     from tdxd.owner.store.store import Store
@@ -153,7 +133,7 @@ def _list(options: argparse.Namespace) -> int:
         volumes = [keyd_tables.volume(store, name) for name in store.volume_ids()]
     if options.json:
         return print_json(volumes)
-    keyd_tables.print_table(("id", "generations", "policy_version"), volumes)
+    keyd_tables.print_table(("id", "kind", "generations", "policy_version"), volumes)
     return 0
 
 
@@ -170,13 +150,18 @@ def _show(options: argparse.Namespace) -> int:
                 "generation": row.generation,
                 "manifest_sha256": row.manifest_sha256,
                 "added": keyd_tables.when(row.added_at_s),
+                "header": keyd_tables.header(row),
             }
             for row in store.generations(options.id)
         ]
     if options.json:
         return print_json({**volume, "generations": generations})
-    print(f"{options.id}: policy version {volume['policy_version'] or 'none'}")
-    keyd_tables.print_table(("generation", "manifest_sha256", "added"), generations)
+    version = volume["policy_version"] or "none"
+    print(f"{options.id}: {volume['kind']}, policy version {version}")
+    columns = ["generation", "manifest_sha256", "added"]
+    if volume["kind"] == "luks2":
+        columns.append("header")
+    keyd_tables.print_table(columns, generations)
     return 0
 
 

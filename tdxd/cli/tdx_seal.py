@@ -237,8 +237,12 @@ def _inspect(args: argparse.Namespace) -> int:
     else:
         width = max(len(key) for key in told)
         for key, value in told.items():
-            print(f"{key:<{width}}  {value}")
+            print(f"{key:<{width}}  {_line(value)}")
     return 0
+
+
+def _line(value: object) -> str:
+    return "; ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _verify(args: argparse.Namespace) -> int:

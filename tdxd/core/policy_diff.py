@@ -188,6 +188,8 @@ _LISTS = {
     ("event_log", "only"): "fewer",
     ("runtime", "volumes"): "more",
     ("runtime", "allow"): "more",
+    ("runtime", "operator_volumes"): "more",
+    ("runtime", "expect"): "fewer",
 }
 """Whether more or fewer entries let more pass."""
 

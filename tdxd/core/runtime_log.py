@@ -19,7 +19,7 @@ import re
 import struct
 from collections.abc import Iterable, Sequence
 
-from tdxd.core.bundle import Manifest
+from tdxd.core.foreign import AnyManifest
 from tdxd.core.decode import decode, encode_canonical, plain, strict_map
 from tdxd.core.eventlog import extend
 from tdxd.core.volume_id import check_volume_id
@@ -129,7 +129,7 @@ def replay_runtime(base: bytes, events: Iterable[RuntimeEvent]) -> bytes:
     return register
 
 
-def volume_event(manifest: Manifest) -> RuntimeEvent:
+def volume_event(manifest: AnyManifest) -> RuntimeEvent:
     """Return the event that says which volume is about to be served."""
     served = VolumeServed(
         volume_id=manifest.volume_id,

@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from tdxd.core import hpke
 from tdxd.core import keyrelease as protocol
-from tdxd.core.bundle import KeyBundle
+from tdxd.core.foreign import parse_any_bundle
 from tdxd.errors import BadBundleError, DeniedError
 from tdxd.guest import keyfetch
 from tdxd.guest.leased import Leased
@@ -172,13 +172,11 @@ async def test_older_bundles_that_are_none_are_refused_and_wiped(
     owner.add("v")
     read = []
 
-    class Seen(KeyBundle):
-        @classmethod
-        def parse(cls, *args, **fields):
-            read.append(KeyBundle.parse(*args, **fields))
-            return read[-1]
+    def seen(*args, **fields):
+        read.append(parse_any_bundle(*args, **fields))
+        return read[-1]
 
-    monkeypatch.setattr(keyfetch, "KeyBundle", Seen)
+    monkeypatch.setattr(keyfetch, "parse_any_bundle", seen)
     sender = Sender(owner, *(make_bundle(*one) for one in sent))
     with serving(sender, owner.server_tls()) as address:
         got = (await owner.fetch("v", config=owner.config(address)))["v"]

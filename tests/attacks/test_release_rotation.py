@@ -124,7 +124,7 @@ def test_rows_from_before_put_back_with_their_own_macs(owner, old, tmp_path):
         policies = sqlite.execute("SELECT * FROM policies").fetchall()
     with raw(owner.directory) as sqlite:
         sqlite.executemany(
-            "INSERT OR REPLACE INTO generations VALUES (?, ?, ?, ?, ?, ?, ?)", was
+            "INSERT OR REPLACE INTO generations VALUES (?, ?, ?, ?, ?, ?, ?, ?)", was
         )
     assert "volume 'v' generation 1 was edited" in refused(owner)
     with raw(owner.directory) as sqlite:

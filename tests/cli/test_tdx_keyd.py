@@ -139,16 +139,16 @@ def test_usage_errors(keyd, tmp_path, argv):
 
 
 def test_add_list_show_remove(keyd, store, tmp_path, policy):
-    assert keyd("list", store) == "ID  GENERATIONS  POLICY VERSION\n"
+    assert keyd("list", store) == "ID  KIND  GENERATIONS  POLICY VERSION\n"
     assert keyd("add", store, bundle_file(tmp_path)) == "added v generation 1\n"
     made = keyd("add", store, bundle_file(tmp_path, "v", 2), "--policy", policy)
     assert made == "added v generation 2\n"
     assert keyd("list", store) == (
-        "ID  GENERATIONS  POLICY VERSION\nv   1 2          1\n"
+        "ID  KIND    GENERATIONS  POLICY VERSION\nv   sealed  1 2          1\n"
     )
     shown = json.loads(keyd("show", store, "v", "--json"))
     assert [one["generation"] for one in shown["generations"]] == [1, 2]
-    assert "policy version 1" in keyd("show", store, "v")
+    assert "v: sealed, policy version 1\n" in keyd("show", store, "v")
     assert (
         keyd("remove", store, "v", "--generation", "2")
         == "removed v: 1 generation(s)\n"

@@ -28,12 +28,13 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import (
 )
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from tdxd.core import hpke
+from tdxd.core import endpoint_proof, hpke
 from tdxd.core import keyrelease as protocol
 from tdxd.core.bundle import KeyBundle, Manifest
 from tdxd.core.check import Check
 from tdxd.core.config_trust import config_digest
 from tdxd.core.eventlog import Event, encode_event_log, parse_event_log, replay
+from tdxd.core.foreign import PassphraseBundle, parse_any_bundle, parse_any_manifest
 from tdxd.core.runtime_log import (
     RuntimeEvent,
     encode_runtime_log,
@@ -73,11 +74,14 @@ HPKE = VECTORS["hpke"]
 REQUEST = VECTORS["request"]
 RELEASED = VECTORS["released"]
 WINDOW = VECTORS["released_window"]
+FOREIGN = VECTORS["released_luks2"]
 ANSWER = VECTORS["answer"]
 CONFIG = VECTORS["config_digest"]
+ENDPOINT = VECTORS["endpoint"]
 KEK = VECTORS["kek"]
 TOKEN_KEY = VECTORS["token_key"]
 STORE = VECTORS["store"]
+FOREIGN_ROW = VECTORS["store_luks2"]
 AUDIT = VECTORS["audit"]
 CHECKPOINT = VECTORS["checkpoint"]
 
@@ -335,6 +339,40 @@ def test_text_released_window() -> None:
     assert pack(fields) == raw(WINDOW["plaintext"])
 
 
+def foreign_manifest(header_sha256: bytes) -> bytes:
+    return pack(
+        {
+            "kind": "luks2",
+            "format": 1,
+            "volume_id": FOREIGN["volume_id"],
+            "generation": FOREIGN["generation"],
+            "fs": "ext4",
+            "header_sha256": header_sha256,
+        }
+    )
+
+
+def test_text_released_luks2() -> None:
+    manifest = foreign_manifest(raw(FOREIGN["header_sha256"]))
+    bundle = pack({"manifest": manifest, "secret": raw(FOREIGN["passphrase"])})
+    assert manifest == raw(FOREIGN["manifest"])
+    assert foreign_manifest(b"") == raw(FOREIGN["manifest_of_any_header"])
+    assert bundle == raw(FOREIGN["bundle"])
+    released = {"bundle": bundle, "lease_s": FOREIGN["lease_s"]}
+    assert pack(released) == raw(FOREIGN["plaintext"])
+    digest = hashlib.sha256(manifest).digest()
+    payload = pack(
+        {
+            "generation": FOREIGN["generation"],
+            "manifest_sha256": digest,
+            "volume_id": FOREIGN["volume_id"],
+        }
+    )
+    assert digest == raw(FOREIGN["manifest_sha256"])
+    assert payload == raw(FOREIGN["event_payload"])
+    assert runtime_digest("tdxd/volume", payload) == raw(FOREIGN["event_digest"])
+
+
 def test_text_answer() -> None:
     signed = lp(b"tdxd/key-release-answer/v1") + raw(ANSWER["request_sha384"])
     for one in ANSWER["verdicts"]:
@@ -352,6 +390,31 @@ def test_text_config_digest() -> None:
     for one in files:
         data += lp(one["name"].encode()) + lp(one["content"].encode())
     assert hashlib.sha384(data).digest() == raw(CONFIG["mr_config_id"])
+
+
+def test_text_endpoint() -> None:
+    key = hashlib.sha256(raw(ENDPOINT["public_key_info"])).digest()
+    events, runtime = raw(EVENT_LOG["log"]), raw(RUNTIME["log"])
+    wanted = hashlib.sha512(
+        lp(b"tdxd/endpoint/v1")
+        + lp(raw(ENDPOINT["nonce"]))
+        + lp(key)
+        + lp(hashlib.sha384(events).digest())
+        + lp(hashlib.sha384(runtime).digest())
+    ).digest()
+    answer = {
+        "format": 1,
+        "key_sha256": key,
+        "quote": raw(REQUEST["quote"]),
+        "event_log": events,
+        "runtime_log": runtime,
+    }
+    path = "/.well-known/tdxd/evidence?nonce="
+    assert ENDPOINT["target"] == path + ENDPOINT["nonce"]
+    assert raw(ENDPOINT["public_key_info"]) in raw(ENDPOINT["certificate"])
+    assert key == raw(ENDPOINT["key_sha256"])
+    assert wanted == raw(ENDPOINT["report_data"])
+    assert pack(answer) == raw(ENDPOINT["answer"])
 
 
 def test_text_kek() -> None:
@@ -378,7 +441,7 @@ def row_bytes(kind: str, row: dict[str, Any]) -> bytes:
             continue
         if isinstance(value, int):
             data += lp(u64(value))
-        elif name in {"wrapped", "key_id", "head", "state_sha256"}:
+        elif name in {"wrapped", "key_id", "head", "state_sha256", "manifest"}:
             data += lp(raw(value))
         else:
             data += lp(value.encode())
@@ -414,6 +477,17 @@ def test_text_store() -> None:
     )
     assert state == raw(STORE["state"])
     assert hashlib.sha256(state).hexdigest() == STORE["seal"]["state_sha256"]
+
+
+def test_text_store_luks2() -> None:
+    seed, row = raw(FOREIGN_ROW["kek_seed"]), FOREIGN_ROW["generation"]
+    key = expand(extract(b"", seed), b"tdxd/store-mac/v1", 32)
+    mac = hmac.digest(key, row_bytes("generation", row), "sha256")
+    assert mac == raw(row["mac"])
+    assert row["manifest"] == FOREIGN["manifest"]
+    info = lp(b"tdxd/kek/v1") + lp(row["volume_id"].encode()) + u64(row["generation"])
+    bundle = hpke_open(seed, info, raw(row["wrapped"]))
+    assert bundle == raw(FOREIGN_ROW["bundle"]) == raw(FOREIGN["bundle"])
 
 
 def test_text_audit() -> None:
@@ -557,6 +631,22 @@ def test_product_released_window() -> None:
     assert {one.manifest.volume_id for one in bundles} == {"resnet"}
 
 
+def test_product_released_luks2() -> None:
+    plain = raw(FOREIGN["plaintext"])
+    released = protocol.parse_released(plain, error=DataError)
+    assert protocol.encode_released(released.bundle, released.lease_s) == plain
+    bundle = parse_any_bundle(released.bundle)
+    assert isinstance(bundle, PassphraseBundle)
+    assert bundle.secret.reveal() == raw(FOREIGN["passphrase"])
+    assert bundle.manifest.header_sha256 == raw(FOREIGN["header_sha256"])
+    assert bundle.encode() == raw(FOREIGN["bundle"])
+    event = volume_event(bundle.manifest)
+    assert event.payload == raw(FOREIGN["event_payload"])
+    assert event.digest() == raw(FOREIGN["event_digest"])
+    anybody = parse_any_manifest(raw(FOREIGN["manifest_of_any_header"]))
+    assert anybody == dataclasses.replace(bundle.manifest, header_sha256=b"")
+
+
 @pytest.mark.parametrize("share", VECTORS["refused_x25519"])
 def test_product_refuses_the_points(share: str) -> None:
     mlkem = raw(HPKE["public_key"])[:1184]
@@ -586,6 +676,24 @@ def test_product_answer() -> None:
 def test_product_config_digest() -> None:
     files = [(one["name"], one["content"].encode()) for one in CONFIG["files"]]
     assert config_digest(files) == raw(CONFIG["mr_config_id"])
+
+
+def test_product_endpoint() -> None:
+    nonce = endpoint_proof.nonce_of_target(ENDPOINT["target"])
+    assert nonce == raw(ENDPOINT["nonce"])
+    evidence = endpoint_proof.parse_endpoint_evidence(
+        raw(ENDPOINT["answer"]), source="vector"
+    )
+    key_sha256 = endpoint_proof.key_digest_of_der(raw(ENDPOINT["certificate"]))
+    assert key_sha256 == evidence.key_sha256 == raw(ENDPOINT["key_sha256"])
+    report_data = endpoint_proof.endpoint_report_data(
+        nonce=nonce,
+        key_sha256=key_sha256,
+        event_log=evidence.event_log,
+        runtime_log=evidence.runtime_log,
+    )
+    assert report_data == raw(ENDPOINT["report_data"])
+    assert evidence.encode() == raw(ENDPOINT["answer"])
 
 
 def test_product_kek_and_token_key(tmp_path: Path) -> None:
@@ -645,6 +753,19 @@ def test_product_store() -> None:
     assert state.token_keys == {token.key_id.hex(): token.mac}
     assert state.floors == STORE["floors"]
     assert state.encode() == raw(STORE["state"])
+
+
+def test_product_store_luks2() -> None:
+    seed, fields = Secret(raw(FOREIGN_ROW["kek_seed"])), FOREIGN_ROW["generation"]
+    hexes = {name: raw(fields[name]) for name in ("wrapped", "manifest", "mac")}
+    row = GenerationRow(**{**fields, **hexes})
+    assert row.kind == "luks2"
+    assert row_mac(StoreKey(seed), row) == row.mac
+    pair = hpke.key_pair(seed)
+    opened = kek.unwrap(pair, row.wrapped, row.volume_id, row.generation)
+    assert opened.encode() == raw(FOREIGN_ROW["bundle"])
+    assert opened.manifest.encode() == row.manifest
+    assert opened.manifest.digest().hex() == row.manifest_sha256
 
 
 def test_product_audit() -> None:

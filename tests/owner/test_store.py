@@ -81,7 +81,7 @@ def test_opening_nothing_says_how_to_make_one(tmp_path):
 def test_other_schema_is_refused(tmp_path, store):
     with store.transaction() as change:
         change.set_meta("schema", 1)
-    with pytest.raises(ConfigError, match="schema version 1, not 2"):
+    with pytest.raises(ConfigError, match="schema version 1, not 3"):
         Store.open(tmp_path)
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tdxd.core.bundle import KeyBundle
+from tdxd.core.foreign import AnyBundle, ForeignManifest
 from tdxd.core.policy import parse_policy
 from tdxd.errors import DataError, TdxdError, UnavailableError
 from tdxd.owner.audit.guard import check_for_change, export_after_change
@@ -17,6 +18,7 @@ from tdxd.owner.store.store import GenerationRow, Store
 
 __all__ = [
     "add_bundle",
+    "add_bundles",
     "export_change",
     "known_volume",
     "remove_volume",
@@ -32,28 +34,52 @@ def add_bundle(
     *,
     kek_file: Path | None = None,
 ) -> GenerationRow:
-    """Add the secret of a sealed image, and set its volume's policy, all or nothing.
+    """Add the bundle of a sealed image, and set its volume's policy, all or nothing.
+
+    Raises: DataError, ConfigError, HostError.
+    """
+    bundle = KeyBundle.parse(read_bytes(bundle_file), source=str(bundle_file))
+    with bundle.secret:
+        (row,) = add_bundles(directory, [bundle], policy_file, now_s, kek_file=kek_file)
+    return row
+
+
+def add_bundles(
+    directory: Path,
+    bundles: Sequence[AnyBundle],
+    policy_file: Path | None,
+    now_s: int,
+    *,
+    kek_file: Path | None = None,
+) -> tuple[GenerationRow, ...]:
+    """Add secrets of sealed images or passphrases, and set a policy for each, all or nothing.
 
     `kek_file` holds the private half of the key-encryption key, if the directory does not.
 
     Raises: DataError, ConfigError, HostError.
     """
-    bundle = KeyBundle.parse(read_bytes(bundle_file), source=str(bundle_file))
     text = None if policy_file is None else _policy_text(policy_file)
-    manifest = bundle.manifest
-    with bundle.secret, _changing(directory, kek_file, now_s) as store:
-        row = GenerationRow(
-            volume_id=manifest.volume_id,
-            generation=manifest.generation,
-            wrapped=wrap(read_public(directory, store.kek()), bundle),
-            manifest_sha256=manifest.digest().hex(),
-            added_at_s=now_s,
-        )
+    with _changing(directory, kek_file, now_s) as store:
+        public = read_public(directory, store.kek())
+        rows = tuple(_row(public, bundle, now_s) for bundle in bundles)
         with store.transaction() as change:
-            change.add_generation(row)
-            if text is not None:
-                change.set_policy(row.volume_id, text, now_s)
-    return row
+            for row in rows:
+                change.add_generation(row)
+                if text is not None:
+                    change.set_policy(row.volume_id, text, now_s)
+    return rows
+
+
+def _row(public: bytes, bundle: AnyBundle, now_s: int) -> GenerationRow:
+    manifest = bundle.manifest
+    return GenerationRow(
+        volume_id=manifest.volume_id,
+        generation=manifest.generation,
+        wrapped=wrap(public, bundle),
+        manifest_sha256=manifest.digest().hex(),
+        added_at_s=now_s,
+        manifest=manifest.encode() if isinstance(manifest, ForeignManifest) else b"",
+    )
 
 
 def set_policy(

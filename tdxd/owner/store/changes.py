@@ -101,9 +101,11 @@ class Transaction:
     def add_generation(self, row: GenerationRow) -> None:
         """Add a generation, also one that was removed, if its manifest is the same.
 
-        Raises: DataError if this generation is there already, or was with another manifest.
+        Raises: DataError if this generation is there already, or was with another manifest; if
+        the volume is of another kind.
         """
         held = self._changing().generations.setdefault(row.volume_id, {})
+        self._same_kind(row)
         if row.generation in held:
             before = self._generation(row.volume_id, row.generation)
             same = before.manifest_sha256 == row.manifest_sha256
@@ -116,6 +118,18 @@ class Transaction:
                     hint="seal again with a higher --generation",
                 )
         self._put_generation(row)
+
+    def _same_kind(self, row: GenerationRow) -> None:
+        """Refuse two kinds in one volume: a guest's config names one, and refuses the other."""
+        held = self._changing().generations[row.volume_id]
+        for number in (number for number, (_, present) in held.items() if present):
+            kind = self._generation(row.volume_id, number).kind
+            if kind != row.kind:
+                raise DataError(
+                    f"volume {row.volume_id!r} generation {number} in the store is {kind}, "
+                    f"generation {row.generation} would be {row.kind}",
+                    hint="take another id for it, or remove the volume first",
+                )
 
     def _put_generation(self, row: GenerationRow) -> None:
         row = dataclasses.replace(row, mac=row_mac(self._key, row))

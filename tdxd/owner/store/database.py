@@ -16,11 +16,23 @@ import sqlalchemy as sa
 from sqlalchemy.exc import SQLAlchemyError
 
 from tdxd.errors import BusyError, HostError
-from tdxd.owner.store.schema import METADATA
+from tdxd.owner.store.schema import METADATA, SCHEMA_VERSION
 
-__all__ = ["DATABASE_NAME", "converted", "make_engine", "schema_troubles"]
+__all__ = [
+    "DATABASE_NAME",
+    "OLD_SCHEMA_VERSION",
+    "converted",
+    "make_engine",
+    "schema_troubles",
+    "upgrade",
+]
 
 DATABASE_NAME = "store.sqlite3"
+OLD_SCHEMA_VERSION = 2
+"""The one that `upgrade` starts from."""
+_VERSION = "SELECT value FROM meta WHERE key = 'schema'"
+_SET_VERSION = "UPDATE meta SET value = ? WHERE key = 'schema'"
+_ADD_MANIFEST = "ALTER TABLE generations ADD COLUMN manifest BLOB DEFAULT x'' NOT NULL"
 _BUSY_TIMEOUT_S = 10.0
 
 
@@ -53,6 +65,26 @@ def _set_pragmas(connection: Any, _record: object) -> None:
         "secure_delete=ON",
     ):
         connection.execute(f"PRAGMA {pragma}").close()
+
+
+def upgrade(sqlite: sqlite3.Connection) -> int:
+    """Give an older database the columns of today; return the version that it has then.
+
+    All rows stay authentic as they are: their MACs cover the new column where it is not empty.
+
+    Raises: sqlite3.Error.
+    """
+    sqlite.execute("BEGIN IMMEDIATE")
+    try:
+        ((version,),) = sqlite.execute(_VERSION).fetchall()
+        if version == OLD_SCHEMA_VERSION:  # another process may have been faster
+            sqlite.execute(_ADD_MANIFEST)
+            sqlite.execute(_SET_VERSION, (SCHEMA_VERSION,))
+            version = SCHEMA_VERSION
+        sqlite.execute("COMMIT")
+    finally:
+        sqlite.rollback()
+    return int(version)
 
 
 _OBJECTS = "SELECT type, name, sql FROM sqlite_schema WHERE name NOT LIKE 'sqlite%'"

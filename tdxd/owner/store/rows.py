@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hmac
 import sqlite3
+from typing import Literal
 
 from tdxd.owner.store.key import StoreKey
 
@@ -26,7 +27,9 @@ class GenerationRow:
     """One generation of a volume; `wrapped` is its bundle sealed to the KEK.
 
     A removed one keeps its row, with `removed_at_s` and without `wrapped`: guests that serve it
-    have its event in their runtime logs until they boot again.
+    have its event in their runtime logs until they boot again. `manifest` is a foreign volume's,
+    encoded, in clear: it tells nothing that the image file does not. Empty for a sealed image, in
+    whose manifest there is a secret salt.
     """
 
     volume_id: str
@@ -36,6 +39,12 @@ class GenerationRow:
     added_at_s: int
     removed_at_s: int = 0
     mac: bytes = b""
+    manifest: bytes = b""
+
+    @property
+    def kind(self) -> Literal["sealed", "luks2"]:
+        """What opens the volume: a secret, or a passphrase."""
+        return "luks2" if self.manifest else "sealed"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,21 +77,20 @@ Row = GenerationRow | PolicyRow | TokenKeyRow
 def row_mac(key: StoreKey, row: Row) -> bytes:
     """Return the MAC that a row must carry: over its kind and every other column."""
     if isinstance(row, PolicyRow):
-        fields = (row.volume_id, row.version, row.text, row.set_at_s)
-        return key.mac("policy", fields)
+        policy = (row.volume_id, row.version, row.text, row.set_at_s)
+        return key.mac("policy", policy)
     if isinstance(row, TokenKeyRow):
         return key.mac("token-key", (row.key_id, row.wrapped, row.made_at_s))
-    return key.mac(
-        "generation",
-        (
-            row.volume_id,
-            row.generation,
-            row.wrapped,
-            row.manifest_sha256,
-            row.added_at_s,
-            row.removed_at_s,
-        ),
+    fields = (
+        row.volume_id,
+        row.generation,
+        row.wrapped,
+        row.manifest_sha256,
+        row.added_at_s,
+        row.removed_at_s,
     )
+    # One field more, not an empty one: rows from before there were two kinds stay authentic.
+    return key.mac("generation", (*fields, row.manifest) if row.manifest else fields)
 
 
 def authentic(key: StoreKey, row: Row) -> bool:
@@ -101,8 +109,8 @@ def authentic(key: StoreKey, row: Row) -> bool:
 
 
 _GENERATIONS = (
-    "SELECT volume_id, generation, wrapped, manifest_sha256, added_at_s, removed_at_s, mac "
-    "FROM generations WHERE volume_id = ? ORDER BY generation"
+    "SELECT volume_id, generation, wrapped, manifest_sha256, added_at_s, removed_at_s, mac, "
+    "manifest FROM generations WHERE volume_id = ? ORDER BY generation"
 )
 _POLICY = (
     "SELECT volume_id, version, text, set_at_s, mac FROM policies WHERE volume_id = ?"
@@ -126,6 +134,7 @@ def read_generations(
             added_at_s=row[4],
             removed_at_s=row[5],
             mac=row[6],
+            manifest=row[7],
         )
         for row in sqlite.execute(_GENERATIONS, (volume_id,))
     )

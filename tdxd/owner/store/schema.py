@@ -15,6 +15,7 @@ from sqlalchemy import (
     String,
     Table,
     Text,
+    text,
 )
 
 __all__ = [
@@ -30,7 +31,8 @@ __all__ = [
     "TOKEN_KEYS",
 ]
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+"""3 added the manifests of foreign volumes."""
 
 METADATA = MetaData()
 
@@ -79,6 +81,7 @@ GENERATIONS = Table(
     Column("added_at_s", BigInteger, nullable=False),
     Column("removed_at_s", BigInteger, nullable=False),
     Column("mac", LargeBinary(32), nullable=False),
+    Column("manifest", LargeBinary, nullable=False, server_default=text("x''")),
 )
 """Kept when removed, without the secret: guests that serve it still prove that they do."""
 

@@ -26,7 +26,13 @@ from tdxd.owner.store.check import (
     policy_trouble,
     token_key_troubles,
 )
-from tdxd.owner.store.database import DATABASE_NAME, converted, make_engine
+from tdxd.owner.store.database import (
+    DATABASE_NAME,
+    OLD_SCHEMA_VERSION,
+    converted,
+    make_engine,
+    upgrade,
+)
 from tdxd.owner.store.kek import PRIVATE_NAME, Kek, next_path, read_kek
 from tdxd.owner.store.key import StoreKey
 from tdxd.owner.store.rows import (
@@ -150,6 +156,8 @@ class Store:
         with converted(path):
             store = cls(make_engine(path), kek_file or directory / PRIVATE_NAME)
             version = store.meta("schema")
+            if version == OLD_SCHEMA_VERSION:
+                version = upgrade(store._sqlite)
         if version != SCHEMA_VERSION:
             store.close()
             raise ConfigError(
