@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from typing import Any
 
 import grpc
@@ -11,35 +10,41 @@ import grpc
 from tdxd.core.config import parse_address
 from tdxd.errors import (
     DataError,
-    HostError,
     NotAllowedError,
+    NotAttestedError,
     RemoteProtocolError,
     ServeError,
     TdxdError,
     UnavailableError,
     UsageError,
 )
+from tdxd.user.credentials import Identity, read_ca
 
 __all__ = ["MAX_MESSAGE_BYTES", "Endpoint", "call_error", "open_channel", "read_ca"]
 
 MAX_MESSAGE_BYTES = 64 << 20
 _SLACK_BYTES = 1 << 20
-_CERTIFICATE = re.compile(
-    rb"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----\n?", re.DOTALL
-)
+_Option = tuple[str, str | int]
+# What gRPC says when the server ends a connection after the handshake, as one does under TLS 1.3
+# that wants another certificate of its client: gRPC does not pass on the alert.
+_HUNG_UP = ("Unwrap failed", "Socket closed", "onnection reset")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Endpoint:
     """Where to call, and whom to believe: only what `ca_pem` signed, under `server_name`.
 
-    Without `server_name` the certificate must name the address's host.
+    Without `server_name` the certificate must name the address's host. Without `ca_pem` there is
+    no TLS at all, and nobody is believed or kept out. `identity` is what the client shows.
+    `attested`: `ca_pem` is the certificate with which the endpoint proved itself.
     """
 
     address: str
-    ca_pem: bytes
+    ca_pem: bytes | None
     server_name: str | None = None
     timeout_s: float = 60.0
+    identity: Identity | None = None
+    attested: bool = False
 
     def __post_init__(self) -> None:
         try:
@@ -49,25 +54,15 @@ class Endpoint:
         if not self.timeout_s > 0:
             raise UsageError(f"timeout {self.timeout_s} is not greater than 0")
 
-
-def read_ca(path: str) -> bytes:
-    """Return the certificates of a PEM file; a private key beside them is left out.
-
-    Raises: HostError, DataError.
-    """
-    try:
-        with open(path, "rb") as file:
-            found = b"".join(_CERTIFICATE.findall(file.read()))
-    except OSError as exc:
-        raise HostError.of("read", path, exc) from exc
-    if not found:
-        raise DataError(f"{path}: no certificate in it", hint="a PEM file is expected")
-    return found
+    @property
+    def channel_kind(self) -> str:
+        """`secure` or `insecure`, as the reference calls a channel."""
+        return "insecure" if self.ca_pem is None else "secure"
 
 
 def open_channel(endpoint: Endpoint) -> grpc.Channel:
     """Open a channel with a connection of its own; it connects at the first call."""
-    options: list[tuple[str, str | int]] = [
+    options: list[_Option] = [
         # Otherwise channels to one address share one connection.
         ("grpc.use_local_subchannel_pool", 1),
         # No proxy that the environment names may stand between us and the server.
@@ -76,9 +71,16 @@ def open_channel(endpoint: Endpoint) -> grpc.Channel:
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES + _SLACK_BYTES),
         ("grpc.max_send_message_length", MAX_MESSAGE_BYTES + _SLACK_BYTES),
     ]
+    if endpoint.ca_pem is None:
+        return grpc.insecure_channel(endpoint.address, options=options)
     if endpoint.server_name is not None:
         options.append(("grpc.ssl_target_name_override", endpoint.server_name))
-    credentials = grpc.ssl_channel_credentials(root_certificates=endpoint.ca_pem)
+    identity = endpoint.identity
+    credentials = grpc.ssl_channel_credentials(
+        root_certificates=endpoint.ca_pem,
+        private_key=identity.key_pem if identity else None,
+        certificate_chain=identity.chain_pem if identity else None,
+    )
     return grpc.secure_channel(endpoint.address, credentials, options=options)
 
 
@@ -120,9 +122,19 @@ _KINDS: dict[grpc.StatusCode, tuple[type[TdxdError], str]] = {
 
 def _unavailable(endpoint: Endpoint, details: str) -> TdxdError:
     address = endpoint.address
+    if "CERTIFICATE_VERIFY_FAILED" in details and endpoint.attested:
+        text = f"{address}: the server's certificate is not the one that was attested"
+        hint = "it has just been changed, or another server answers: attest again"
+        return NotAttestedError(text, hint=hint)
     if "CERTIFICATE_VERIFY_FAILED" in details:
         text = f"{address}: the server's certificate is not one that --ca vouches for"
         return UnavailableError(text, hint="another server answers, or --ca is another")
+    if endpoint.ca_pem is not None and any(one in details for one in _HUNG_UP):
+        text = f"{address}: the server hung up: {_last_error(details)}"
+        wants = "does it want its clients to have certificates (--cert)"
+        if endpoint.identity:
+            wants = "does it believe the certificate of --cert"
+        return UnavailableError(text, hint=f"{wants}, or is it stopping?")
     if ("ostname" in details and "erif" in details) or "Peer name" in details:
         name = endpoint.server_name or parse_address(address).host
         text = f"{address}: the server's certificate does not name {name!r}"

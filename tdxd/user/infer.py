@@ -1,4 +1,4 @@
-"""`tdx-infer predict`: one request, numpy in and numpy out, no TensorFlow."""
+"""`tdx-infer predict` and `show`: numpy in and numpy out, no TensorFlow."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ from typing import Any
 import grpc
 
 from tdxd.core.tensors import read_tensor, write_content
-from tdxd.errors import DataError, RemoteProtocolError
+from tdxd.errors import DataError, RemoteProtocolError, TdxdError
 from tdxd.host import tf_messages
 from tdxd.user.endpoint import MAX_MESSAGE_BYTES, Endpoint, call_error, open_channel
 from tdxd.user.inputs import Array, name_inputs
+from tdxd.user.signature import check_inputs
 
 __all__ = [
     "DEFAULT_SIGNATURE",
     "Model",
     "Prediction",
+    "decode_answer",
     "encode_request",
     "fetch_signature",
+    "fetch_signatures",
     "predict",
     "resolve_inputs",
 ]
@@ -29,17 +32,20 @@ DEFAULT_SIGNATURE = "serving_default"
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """Which model, version (None: the latest) and signature to ask."""
+    """Which model, version or its label (None: the latest) and signature to ask."""
 
     name: str
     version: int | None = None
     signature: str = DEFAULT_SIGNATURE
+    label: str | None = None
 
     def fill(self, spec: Any) -> None:
         """Fill a ModelSpec message."""
         spec.name = self.name
         spec.signature_name = self.signature
-        if self.version is not None:
+        if self.label is not None:
+            spec.version_label = self.label
+        elif self.version is not None:
             spec.version.value = self.version
 
 
@@ -63,8 +69,29 @@ def predict(
     with open_channel(endpoint) as channel:
         inputs = resolve_inputs(channel, endpoint, model, given)
         data = encode_request(model, inputs)
-        answer = _call(channel, endpoint, tf_messages.PREDICT_METHOD, data)
-    return _decode(answer)
+        try:
+            answer = _call(channel, endpoint, tf_messages.PREDICT_METHOD, data)
+        except DataError as exc:
+            raise _explained(exc, channel, endpoint, model, inputs) from exc
+    return decode_answer(answer)
+
+
+def _explained(
+    refusal: DataError,
+    channel: grpc.Channel,
+    endpoint: Endpoint,
+    model: Model,
+    inputs: Mapping[str, Array],
+) -> DataError:
+    """Say, beside the server's own words, what does not fit, if the metadata shows it."""
+    try:
+        check_inputs(inputs, fetch_signature(channel, endpoint, model))
+    except DataError as exc:
+        hint = f"{exc.message}; {exc.hint}" if exc.hint else exc.message
+        return DataError(refusal.message, hint=hint)
+    except TdxdError:
+        pass  # no metadata: the server's words are all there is
+    return refusal
 
 
 def resolve_inputs(
@@ -75,19 +102,40 @@ def resolve_inputs(
 ) -> dict[str, Array]:
     """Return arrays by name; asks the server for the signature only if it must.
 
+    What is asked for is also compared: a tensor that cannot fit is not sent.
+
     Raises: as `predict`.
     """
     clear = all(
         name is not None and hasattr(value, "dtype") for name, value in given.items()
     )
-    signature = None if clear else fetch_signature(channel, endpoint, model)
-    return name_inputs(given, signature)
+    if clear:
+        return name_inputs(given, None)
+    signature = fetch_signature(channel, endpoint, model)
+    inputs = name_inputs(given, signature)
+    check_inputs(inputs, signature)
+    return inputs
 
 
 def fetch_signature(channel: grpc.Channel, endpoint: Endpoint, model: Model) -> Any:
     """Return the SignatureDef message that the request will meet.
 
     Raises: as `predict`; DataError, naming those there are, if there is no such signature.
+    """
+    signatures, _version = fetch_signatures(channel, endpoint, model)
+    if model.signature not in signatures:
+        known = ", ".join(sorted(signatures))
+        text = f"model {model.name} has no signature {model.signature!r}"
+        raise DataError(text, hint=f"it has: {known}")
+    return signatures[model.signature]
+
+
+def fetch_signatures(
+    channel: grpc.Channel, endpoint: Endpoint, model: Model
+) -> tuple[Mapping[str, Any], int]:
+    """Return all SignatureDef messages of a model by name, and the version they are of.
+
+    Raises: as `predict`.
     """
     messages = tf_messages.model_metadata()
     request = messages.GetModelMetadataRequest(metadata_field=["signature_def"])
@@ -100,11 +148,7 @@ def fetch_signature(channel: grpc.Channel, endpoint: Endpoint, model: Model) -> 
     response = _parse(messages.GetModelMetadataResponse, answer)
     if not response.metadata["signature_def"].Unpack(signatures):
         raise RemoteProtocolError(f"{endpoint.address}: metadata without signatures")
-    if model.signature not in signatures.signature_def:
-        known = ", ".join(sorted(signatures.signature_def))
-        text = f"model {model.name} has no signature {model.signature!r}"
-        raise DataError(text, hint=f"it has: {known}")
-    return signatures.signature_def[model.signature]
+    return signatures.signature_def, response.model_spec.version.value
 
 
 def encode_request(model: Model, inputs: Mapping[str, Array]) -> bytes:
@@ -133,7 +177,11 @@ def _call(channel: grpc.Channel, endpoint: Endpoint, method: str, data: bytes) -
     return answer
 
 
-def _decode(answer: bytes) -> Prediction:
+def decode_answer(answer: bytes) -> Prediction:
+    """Decode an encoded PredictResponse.
+
+    Raises: RemoteProtocolError, DataError.
+    """
     response = _parse(tf_messages.predict().PredictResponse, answer)
     spec = response.model_spec
     return Prediction(

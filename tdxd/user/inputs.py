@@ -1,4 +1,4 @@
-"""Input tensors from .npy files and JSON, fitted to what a signature says."""
+"""Input tensors from .npy files, JSON and images, fitted to what a signature says."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tdxd.core.tensors import dtype_name, numpy_dtype
+from tdxd.core.tensors import MAX_RANK, dtype_name, numpy_dtype
 from tdxd.errors import DataError, HostError, UsageError
+from tdxd.user.image_options import SUFFIXES, ImageOptions
+from tdxd.user.signature import input_specs
 
 __all__ = [
     "Array",
@@ -19,6 +21,7 @@ __all__ = [
     "json_value",
     "name_inputs",
     "read_input",
+    "read_inputs",
     "type_name",
 ]
 
@@ -26,6 +29,58 @@ Array = npt.NDArray[Any]
 
 # Kinds of numpy types: what a JSON value may look like for each kind of element.
 _FITTING = {"f": "fiu", "i": "iu", "u": "iu", "b": "b", "c": "fiuc", "V": "fiu"}
+
+
+def read_inputs(
+    arguments: Sequence[str],
+    images: Sequence[str],
+    stdin: Any,
+    options: ImageOptions | None = None,
+) -> dict[str | None, Any]:
+    """Read all `--input` and all `--image` arguments.
+
+    Returns what `read_input` does, and `Images` where image files are named, which may be several
+    for one input: files of `--image`, and those of `--input` that end as images do.
+
+    Raises: UsageError, HostError, DataError.
+    """
+    given: dict[str | None, Any] = {}
+    pictures: dict[str | None, list[str]] = {}
+    for argument in arguments:
+        name, path = _split(argument)
+        if path.lower().endswith(SUFFIXES):
+            pictures.setdefault(name, []).append(path)
+            continue
+        for one, value in read_input(argument, stdin).items():
+            if one in given:
+                raise _twice(one)
+            given[one] = value
+    for argument in images:
+        name, path = _split(argument)
+        pictures.setdefault(name, []).append(path)
+    for name, paths in pictures.items():
+        from tdxd.user.images import Images
+
+        if name in given:
+            raise _twice(name)
+        given[name] = Images(paths=tuple(paths), options=options or ImageOptions())
+    return given
+
+
+def _twice(name: str | None) -> UsageError:
+    return UsageError(
+        f"input {'without a name' if name is None else name} is given twice"
+    )
+
+
+def _split(argument: str) -> tuple[str | None, str]:
+    """Split `[NAME=]FILE`."""
+    name, separator, path = argument.partition("=")
+    if not separator:
+        name, path = "", argument
+    if not path:
+        raise UsageError(f"--input {argument!r}: no file", hint="NAME=FILE.npy")
+    return name or None, path
 
 
 def read_input(argument: str, stdin: Any) -> dict[str | None, Any]:
@@ -36,17 +91,13 @@ def read_input(argument: str, stdin: Any) -> dict[str | None, Any]:
 
     Raises: UsageError, HostError, DataError.
     """
-    name, separator, path = argument.partition("=")
-    if not separator:
-        name, path = "", argument
-    if not path:
-        raise UsageError(f"--input {argument!r}: no file", hint="NAME=FILE.npy")
+    name, path = _split(argument)
     if path.endswith(".npy"):
-        return {name or None: _read_npy(path)}
+        return {name: _read_npy(path)}
     value = _read_json(path, stdin)
-    if isinstance(value, dict) and not name:
+    if isinstance(value, dict) and name is None and "b64" not in value:
         return dict(value)
-    return {name or None: value}
+    return {name: value}
 
 
 def _read_npy(path: str) -> Array:
@@ -86,11 +137,13 @@ def name_inputs(
     for name, value in given.items():
         if name is None:
             name = _only_input(signature)  # noqa: PLW2901 - the same input, now with a name
+        if name in named:
+            raise _twice(name)
         if isinstance(value, np.ndarray):
             named[name] = value
         else:
             assert signature is not None
-            named[name] = _typed(name, value, signature)
+            named[name] = _made(name, value, signature)
     return named
 
 
@@ -104,11 +157,34 @@ def _only_input(signature: Any | None) -> str:
     return only
 
 
-def _typed(name: str, value: Any, signature: Any) -> Array:
-    if name not in signature.inputs:
-        known = ", ".join(sorted(signature.inputs))
+def _made(name: str, value: Any, signature: Any) -> Array:
+    """Make an array of a JSON value or of images, as the signature wants that input."""
+    specs = input_specs(signature)
+    if name not in specs:
+        known = ", ".join(specs)
         raise DataError(f"no input {name!r} in the signature", hint=f"it has: {known}")
-    number = signature.inputs[name].dtype
+    if hasattr(value, "array"):
+        array: Array = value.array(specs[name])
+        return array
+    return _typed(name, _with_bytes(name, value), specs[name].dtype)
+
+
+def _with_bytes(name: str, value: Any, depth: int = 0) -> Any:
+    """Replace each `{"b64": …}`, which is how JSON says bytes; no tensor is deeper."""
+    if isinstance(value, list) and depth < MAX_RANK:
+        return [_with_bytes(name, one, depth + 1) for one in value]
+    if not isinstance(value, dict):
+        return value
+    try:
+        if value.keys() != {"b64"}:
+            raise ValueError
+        return base64.b64decode(value["b64"], validate=True)
+    except (ValueError, TypeError):
+        text = f'input {name}: an object that is not {{"b64": "…"}}'
+        raise DataError(text, hint="inputs are nested lists by input name") from None
+
+
+def _typed(name: str, value: Any, number: int) -> Array:
     want = numpy_dtype(number)
     try:
         # What JSON holds must fit: neither text nor 1.5 is a whole number.
