@@ -24,17 +24,23 @@ from typing import Any
 from tdxd.errors import ServeError
 
 __all__ = [
+    "CLASSIFY_METHOD",
     "METADATA_METHOD",
     "MODEL_SERVICE",
     "PREDICTION_SERVICE",
     "PREDICT_METHOD",
+    "REGRESS_METHOD",
+    "RELOAD_METHOD",
     "STATUS_METHOD",
+    "classification",
     "meta_graph",
+    "model_management",
     "model_metadata",
     "model_server_config",
     "model_status",
     "predict",
     "prediction_log",
+    "regression",
     "saved_model",
     "tensor",
     "type_name",
@@ -45,8 +51,11 @@ MODEL_SERVICE = "tensorflow.serving.ModelService"
 # Full names of the calls, as `grpc.Channel.unary_unary` wants them.
 # Source: tensorflow_serving/apis/prediction_service.proto and model_service.proto.
 PREDICT_METHOD = f"/{PREDICTION_SERVICE}/Predict"
+CLASSIFY_METHOD = f"/{PREDICTION_SERVICE}/Classify"
+REGRESS_METHOD = f"/{PREDICTION_SERVICE}/Regress"
 METADATA_METHOD = f"/{PREDICTION_SERVICE}/GetModelMetadata"
 STATUS_METHOD = f"/{MODEL_SERVICE}/GetModelStatus"
+RELOAD_METHOD = f"/{MODEL_SERVICE}/HandleReloadConfigRequest"
 
 _HINT = "install tensorflow-serving-api, whose wheel brings tensorflow along"
 _lock = threading.RLock()
@@ -68,6 +77,33 @@ def predict() -> Any:
     Raises: ServeError if the messages are not installed.
     """
     return _load("tensorflow_serving.apis.predict_pb2")
+
+
+@functools.cache
+def classification() -> Any:
+    """Return the module with ClassificationRequest and ClassificationResponse.
+
+    Raises: ServeError if the messages are not installed.
+    """
+    return _load("tensorflow_serving.apis.classification_pb2")
+
+
+@functools.cache
+def regression() -> Any:
+    """Return the module with RegressionRequest and RegressionResponse.
+
+    Raises: ServeError if the messages are not installed.
+    """
+    return _load("tensorflow_serving.apis.regression_pb2")
+
+
+@functools.cache
+def model_management() -> Any:
+    """Return the module with ReloadConfigRequest and ReloadConfigResponse.
+
+    Raises: ServeError if the messages are not installed.
+    """
+    return _load("tensorflow_serving.apis.model_management_pb2")
 
 
 @functools.cache

@@ -48,11 +48,23 @@ _FLAGS: Mapping[str, _Flag] = {
     "model_name": _Flag(kind="str", default="default"),
     "model_base_path": _Flag(kind="str", default=""),
     "model_config_file": _Flag(kind="str", default=""),
+    "model_config_file_poll_wait_seconds": _Flag(kind="int", default="0"),
+    "allow_version_labels_for_unavailable_models": _Flag(kind="bool", default="false"),
     "file_system_poll_wait_seconds": _Flag(kind="int", default="1"),
     "max_num_load_retries": _Flag(kind="int", default="5"),
     "load_retry_interval_micros": _Flag(kind="int", default="60000000"),
     "grpc_channel_arguments": _Flag(kind="str", default=""),
     "grpc_max_threads": _Flag(kind="int", default="0"),
+    "enable_grpc_healthcheck_service": _Flag(kind="bool", default="false"),
+    "rest_api_port": _Flag(kind="int", default="0"),
+    "rest_api_unix": _Flag(kind="str", default=""),  # not the original's
+    "rest_api_num_threads": _Flag(kind="int", default="0"),
+    "rest_api_timeout_in_ms": _Flag(kind="int", default="30000"),
+    "monitoring_config_file": _Flag(kind="str", default=""),
+    "enable_batching": _Flag(kind="bool", default="false"),
+    "batching_parameters_file": _Flag(kind="str", default=""),
+    "enable_per_model_batching_parameters": _Flag(kind="bool", default="false"),
+    "enable_signature_method_name_check": _Flag(kind="bool", default="false"),
     "tensorflow_session_parallelism": _Flag(kind="int", default="0"),
     "tensorflow_intra_op_parallelism": _Flag(kind="int", default="0"),
     "tensorflow_inter_op_parallelism": _Flag(kind="int", default="0"),
@@ -67,21 +79,10 @@ _FLAGS: Mapping[str, _Flag] = {
     "num_unload_threads": _Flag(kind="int", default="0", does="moot"),
     "enable_profiler": _Flag(kind="bool", default="true", does="moot"),
     "flush_filesystem_caches": _Flag(kind="bool", default="true", does="moot"),
-    "enable_batching": _ignored("bool", "false"),  # each request runs by itself
-    "rest_api_num_threads": _ignored("int", "0"),
-    "rest_api_timeout_in_ms": _ignored("int", "30000"),
-    "allow_version_labels_for_unavailable_models": _ignored("bool", "false"),
     "per_process_gpu_memory_fraction": _ignored("str", "0"),
-    "enable_signature_method_name_check": _ignored("bool", "false"),
     "prefer_tflite_model": _ignored("bool", "false"),
     # These would promise a server, a check or a numeric behaviour that is not there.
-    "rest_api_port": _refused("int", "0"),
     "ssl_config_file": _refused("str", ""),
-    "monitoring_config_file": _refused("str", ""),
-    "model_config_file_poll_wait_seconds": _refused("int", "0"),
-    "batching_parameters_file": _refused("str", ""),
-    "enable_per_model_batching_parameters": _refused("bool", "false"),
-    "enable_grpc_healthcheck_service": _refused("bool", "false"),
     "tensorflow_session_config_file": _refused("str", ""),
     "platform_config_file": _refused("str", ""),
     "mixed_precision": _refused("str", ""),
@@ -89,7 +90,6 @@ _FLAGS: Mapping[str, _Flag] = {
     "remove_unused_fields_from_bundle_metagraph": _ignored("bool", "true"),
 }
 _REFUSED_HINTS = {
-    "rest_api_port": "REST is not there yet; use gRPC, and --rest_api_port=0",
     "ssl_config_file": "this server has no TLS: put tdxd's front before it",
 }
 
@@ -103,12 +103,27 @@ class Flags:
     model_name: str
     model_base_path: str
     model_config_file: str
+    config_poll_wait_s: int
+    """Seconds between looks at the file of models; 0: look once."""
     poll_wait_s: int
     """Seconds between looks at the directories; 0: look once; negative: never."""
+    spread_labels: bool
+    """Whether a reload may give a label to a version that is not available."""
     load_retries: int
     load_retry_interval_s: float
     channel_arguments: tuple[tuple[str, int | str], ...]
     grpc_max_threads: int
+    health_service: bool
+    rest_port: int
+    rest_unix: str
+    rest_threads: int
+    rest_timeout_s: float
+    monitoring_config_file: str
+    batching: bool
+    batching_parameters_file: str
+    batching_per_model: bool
+    check_method: bool
+    """Whether Classify and Regress want signatures that name them as their method."""
     intra_op_threads: int
     inter_op_threads: int
     saved_model_tags: frozenset[str]
@@ -146,6 +161,9 @@ def parse_flags(argv: Sequence[str]) -> Flags:
 
 
 def _flags(values: Mapping[str, str], notes: tuple[str, ...]) -> Flags:
+    def is_set(name: str) -> bool:
+        return values[name] == "true"
+
     both = int(values["tensorflow_session_parallelism"])
     return Flags(
         port=int(values["port"]),
@@ -153,18 +171,30 @@ def _flags(values: Mapping[str, str], notes: tuple[str, ...]) -> Flags:
         model_name=values["model_name"],
         model_base_path=values["model_base_path"],
         model_config_file=values["model_config_file"],
+        config_poll_wait_s=int(values["model_config_file_poll_wait_seconds"]),
+        spread_labels=is_set("allow_version_labels_for_unavailable_models"),
         poll_wait_s=int(values["file_system_poll_wait_seconds"]),
         load_retries=int(values["max_num_load_retries"]),
         load_retry_interval_s=int(values["load_retry_interval_micros"]) / 1e6,
         channel_arguments=_channel_arguments(values["grpc_channel_arguments"]),
         grpc_max_threads=int(values["grpc_max_threads"]),
+        health_service=is_set("enable_grpc_healthcheck_service"),
+        rest_port=int(values["rest_api_port"]),
+        rest_unix=values["rest_api_unix"],
+        rest_threads=int(values["rest_api_num_threads"]),
+        rest_timeout_s=int(values["rest_api_timeout_in_ms"]) / 1e3,
+        monitoring_config_file=values["monitoring_config_file"],
+        batching=is_set("enable_batching"),
+        batching_parameters_file=values["batching_parameters_file"],
+        batching_per_model=is_set("enable_per_model_batching_parameters"),
+        check_method=is_set("enable_signature_method_name_check"),
         intra_op_threads=int(values["tensorflow_intra_op_parallelism"]) or both,
         inter_op_threads=int(values["tensorflow_inter_op_parallelism"]) or both,
         saved_model_tags=frozenset(values["saved_model_tags"].split(",")),
         warmup_rounds=_warmup_rounds(values),
-        respond_with_content=values["enable_serialization_as_tensor_content"] == "true",
-        version=values["version"] == "true",
-        help=values["help"] == "true",
+        respond_with_content=is_set("enable_serialization_as_tensor_content"),
+        version=is_set("version"),
+        help=is_set("help"),
         notes=notes,
     )
 
@@ -218,8 +248,9 @@ def _channel_arguments(text: str) -> tuple[tuple[str, int | str], ...]:
 
 
 def _check(flags: Flags) -> None:
-    if not 0 <= flags.port <= 65535:
-        raise StartError(f"--port={flags.port}: expected 0 to 65535")
+    for name, port in (("port", flags.port), ("rest_api_port", flags.rest_port)):
+        if not 0 <= port <= 65535:
+            raise StartError(f"--{name}={port}: expected 0 to 65535")
     if flags.port == 0 and not flags.grpc_socket_path:
         raise StartError(
             "--port=0 without --grpc_socket_path: nothing to listen on",
@@ -230,9 +261,29 @@ def _check(flags: Flags) -> None:
             "both --model_base_path and --model_config_file are empty",
             hint="--model_base_path=/models/NAME, which holds /models/NAME/1/saved_model.pb",
         )
-    negative = flags.load_retries < 0 or flags.load_retry_interval_s < 0
-    if negative or flags.grpc_max_threads < 0:
+    counts = (
+        flags.load_retries,
+        flags.load_retry_interval_s,
+        flags.grpc_max_threads,
+        flags.rest_threads,
+        flags.config_poll_wait_s,
+    )
+    if min(counts) < 0:
         raise StartError("a count, an interval or a number of threads is negative")
+    if flags.rest_timeout_s <= 0:
+        raise StartError("--rest_api_timeout_in_ms: expected 1 or more")
+    if flags.monitoring_config_file and not (flags.rest_port or flags.rest_unix):
+        raise StartError(
+            "--monitoring_config_file without --rest_api_port: nowhere to show metrics",
+            hint="add --rest_api_port=8501",
+        )
+    for given, name in (
+        (flags.batching_parameters_file, "batching_parameters_file"),
+        (flags.batching_per_model, "enable_per_model_batching_parameters"),
+    ):
+        if given and not flags.batching:
+            text = f"--{name} is set without setting --enable_batching to true."
+            raise StartError(text)
 
 
 def usage() -> str:

@@ -7,7 +7,7 @@ Source: aspired_versions_manager.cc, availability_preserving_policy.cc, loader_h
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from tdxd.model_server.failure import RpcFailure, code_number
 from tdxd.model_server.model_config import ModelConfig
@@ -60,6 +60,32 @@ class Lifecycle:
         self._attempts: dict[tuple[str, int], _Attempt] = {}
         self._complaints: dict[str, str] = {}
 
+    @property
+    def models(self) -> tuple[ModelConfig, ...]:
+        """The models to serve."""
+        return tuple(self._models)
+
+    def reconfigure(self, models: Sequence[ModelConfig]) -> None:
+        """Serve these models instead, from the next look at the directories on."""
+        kept = {model.name for model in models}
+        for gone in {model.name for model in self._models} - kept:
+            self._wanted[gone] = ()
+            self._complaints.pop(gone, None)
+            for version, seen in self._registry.versions(gone).items():
+                self._attempts.pop((gone, version), None)
+                if seen.state is State.LOADING:
+                    self._registry.forget(gone, version)
+        self._models = tuple(models)
+        self._registry.configure({model.name: model.labels for model in models})
+
+    def missing_versions(self, model: ModelConfig) -> str:
+        """Return why nothing of a model could be loaded now; empty if there is a version."""
+        try:
+            found = index_versions(self._list_names(model.base_path))
+        except OSError as exc:
+            return _no_path(model, exc)
+        return "" if found else _no_versions(model)
+
     def scan(self) -> None:
         """Look at the directories; note what is to be loaded, and forget failures that left."""
         for model in self._models:
@@ -67,21 +93,12 @@ class Lifecycle:
                 found = index_versions(self._list_names(model.base_path))
             except OSError as exc:
                 # What was loaded goes on serving: the path may come back.
-                self._complain(
-                    model.name,
-                    f"Could not find base path {model.base_path} for servable "
-                    f"{model.name} with error {exc.strerror}",
-                )
+                self._complain(model.name, _no_path(model, exc))
                 continue
             if found:
                 self._complaints.pop(model.name, None)
             else:
-                self._complain(
-                    model.name,
-                    f"No versions of servable {model.name} found under base path "
-                    f"{model.base_path}. Did you forget to name your leaf directory as "
-                    "a number (eg. '/1/')?",
-                )
+                self._complain(model.name, _no_versions(model))
             self._want(model, found)
 
     def _want(self, model: ModelConfig, found: Mapping[int, str]) -> None:
@@ -186,17 +203,35 @@ class Lifecycle:
 
     def boot_failure(self) -> str:
         """Return why the server cannot start, in TensorFlow Serving's words; empty if it can."""
+        names = [model.name for model in self._models]
+        return self.failure(names, what="servable(s)")
+
+    def failure(self, names: Iterable[str], *, what: str) -> str:
+        """Return which of these models have no available version and one that failed."""
         failed = [
-            f"{{{_id(model.name, state.version)} due to error: {state.error_text}}}, "
-            for model in self._models
-            if not self._registry.available(model.name)
-            for state in self._registry.versions(model.name).values()
+            f"{{{_id(name, state.version)} due to error: {state.error_text}}}, "
+            for name in names
+            if not self._registry.available(name)
+            for state in self._registry.versions(name).values()
             if state.failed
         ]
         if not failed:
             return ""
-        count = len(failed)
-        return f"{count} servable(s) did not become available: {{{''.join(failed)}}}"
+        return f"{len(failed)} {what} did not become available: {{{''.join(failed)}}}"
+
+
+def _no_path(model: ModelConfig, exc: OSError) -> str:
+    return (
+        f"Could not find base path {model.base_path} for servable {model.name} with "
+        f"error {exc.strerror}"
+    )
+
+
+def _no_versions(model: ModelConfig) -> str:
+    return (
+        f"No versions of servable {model.name} found under base path {model.base_path}. "
+        "Did you forget to name your leaf directory as a number (eg. '/1/')?"
+    )
 
 
 def _id(model: str, version: int) -> str:

@@ -15,6 +15,7 @@ from google.protobuf import text_format
 from google.protobuf.message import DecodeError
 
 from tdxd.host import tf_messages
+from tdxd.model_server.aborting_ops import open_rank
 from tdxd.model_server.failure import RpcFailure
 from tdxd.model_server.registry import Array, Runner, Servable
 
@@ -61,12 +62,31 @@ def load_saved_model(path: str, *, tags: frozenset[str]) -> Servable:
     except _LOAD_ERRORS as exc:
         text = f"{type(exc).__name__}: {exc}"
         raise RpcFailure(grpc.StatusCode.INVALID_ARGUMENT, text) from exc
+    for key in signatures.keys() & functions.keys():
+        _refuse_abort(key, functions[key])
     runners = {
         key: _runner(loaded, functions[key], signature)
         for key, signature in signatures.items()
         if key in functions
     }
     return Servable(signatures=signatures, runners=runners)
+
+
+def _refuse_abort(key: str, function: Callable[..., Any]) -> None:
+    """Refuse a signature that lets a request end the process.
+
+    Raises: RpcFailure.
+    """
+    try:
+        found = open_rank(function)
+    except (AttributeError, ImportError, TypeError):
+        return  # another TensorFlow, whose graphs are not to be looked into like this
+    if found:
+        raise RpcFailure(
+            grpc.StatusCode.INVALID_ARGUMENT,
+            f'signature "{key}": {found} takes a tensor of any rank, and one of a wrong '
+            "rank would end the server: export the model with a fixed number of dimensions",
+        )
 
 
 def _read_signatures(path: str, tags: frozenset[str]) -> Mapping[str, Any]:

@@ -15,7 +15,7 @@ from tdxd.host import tf_messages
 from tdxd.model_server.flags import StartError
 from tdxd.model_server.versions import Policy
 
-__all__ = ["ModelConfig", "parse_model_config"]
+__all__ = ["ModelConfig", "parse_model_config", "read_model_list"]
 
 _LATEST = Policy()
 
@@ -33,7 +33,7 @@ class ModelConfig:
         if not self.name:
             raise StartError("a model has no name")
         if not os.path.isabs(self.base_path):
-            text = f"Expected model {self.name} to have an absolute path"
+            text = f"Expected model {self.name} to have an absolute path or URI"
             raise StartError(f"{text}; got base_path()={self.base_path}")
 
 
@@ -53,18 +53,34 @@ def parse_model_config(text: str, *, source: str) -> tuple[ModelConfig, ...]:
         raise StartError(f"{what}: {source}: {exc}") from exc
     if config.WhichOneof("config") != "model_config_list":
         raise StartError(f"{source}: no model_config_list")
-    models = tuple(_model(one) for one in config.model_config_list.config)
+    return read_model_list(config.model_config_list)
+
+
+def read_model_list(message: Any) -> tuple[ModelConfig, ...]:
+    """Read a ModelConfigList message.
+
+    Raises: StartError for duplicate names, relative paths, other platforms than TensorFlow.
+    """
+    models = tuple(_model(one) for one in message.config)
     names = [model.name for model in models]
     for name in names:
         if names.count(name) > 1:
-            raise StartError(f"{source}: duplicate model name {name}")
+            text = f"Illegal to list model {name} multiple times in config list"
+            raise StartError(text)
     return models
 
 
 def _model(message: Any) -> ModelConfig:
-    if message.model_platform != "tensorflow":
+    platform = message.model_platform
+    if not platform:
         raise StartError(
-            f"model {message.name}: model_platform is {message.model_platform!r}",
+            "Illegal setting neither ModelServerConfig::model_type (deprecated) nor "
+            "ModelServerConfig::model_platform.",
+            hint=f'model {message.name}: write model_platform: "tensorflow"',
+        )
+    if platform != "tensorflow":
+        raise StartError(
+            f"Model {message.name} requests unsupported platform {platform}",
             hint='write model_platform: "tensorflow"; it is the only one',
         )
     return ModelConfig(

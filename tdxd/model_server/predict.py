@@ -10,7 +10,8 @@ tensorflow/cc/saved_model/util.cc, and FunctionCallFrame::SetArgs for the elemen
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import grpc
@@ -20,17 +21,31 @@ from tdxd.errors import DataError
 from tdxd.model_server.failure import RpcFailure
 from tdxd.model_server.registry import Array, Registry, Servable
 
-__all__ = ["DEFAULT_SIGNATURE", "answer_predict", "execute", "fill_model_spec"]
+__all__ = [
+    "DEFAULT_SIGNATURE",
+    "AroundRun",
+    "answer_predict",
+    "check_tensor",
+    "execute",
+    "fill_model_spec",
+]
 
 DEFAULT_SIGNATURE = "serving_default"
 _METHODS = tuple(
     f"tensorflow/serving/{name}" for name in ("predict", "classify", "regress")
 )
 _INVALID = grpc.StatusCode.INVALID_ARGUMENT
+AroundRun = Callable[[], contextlib.AbstractContextManager[None]]
+"""What is entered while TensorFlow executes: it takes the time."""
 
 
 def answer_predict(
-    registry: Registry, request: Any, response: Any, *, with_content: bool = False
+    registry: Registry,
+    request: Any,
+    response: Any,
+    *,
+    with_content: bool = False,
+    around_run: AroundRun = contextlib.nullcontext,
 ) -> None:
     """Answer a PredictRequest by filling a PredictResponse.
 
@@ -39,14 +54,16 @@ def answer_predict(
     if not request.HasField("model_spec"):
         raise RpcFailure(_INVALID, "Missing ModelSpec")
     version, servable = registry.resolve(request.model_spec)
-    key, outputs = execute(servable, request)
+    key, outputs = execute(servable, request, around_run)
     fill_model_spec(response, request.model_spec.name, version, key)
     write = write_content if with_content else write_values
     for alias, value in outputs.items():
         write(response.outputs[alias], value)
 
 
-def execute(servable: Servable, request: Any) -> tuple[str, Mapping[str, Array]]:
+def execute(
+    servable: Servable, request: Any, around_run: AroundRun = contextlib.nullcontext
+) -> tuple[str, Mapping[str, Array]]:
     """Execute a PredictRequest; return the signature's name and the outputs asked for.
 
     Raises: RpcFailure with TensorFlow Serving's codes and texts.
@@ -59,7 +76,8 @@ def execute(servable: Servable, request: Any) -> tuple[str, Mapping[str, Array]]
     _check_method(signature)
     inputs = _read_inputs(signature, request.inputs)
     aliases = _output_aliases(signature, request.output_filter)
-    outputs = servable.runners[key](inputs)
+    with around_run():
+        outputs = servable.runners[key](inputs)
     return key, {alias: outputs[alias] for alias in aliases}
 
 
@@ -97,7 +115,8 @@ def _read_inputs(signature: Any, sent: Mapping[str, Any]) -> dict[str, Array]:
         except DataError as exc:
             text = f"tensor parsing error: {alias}"
             raise RpcFailure(_INVALID, text) from exc
-        _check_kind(alias, info, message, len(inputs) - 1)
+        shape = [dim.size for dim in message.tensor_shape.dim]
+        check_tensor(alias, info, message.dtype, shape, index=len(inputs) - 1)
     return inputs
 
 
@@ -115,21 +134,27 @@ def _check_count(signature: Any, sent: Mapping[str, Any]) -> None:
         )
 
 
-def _check_kind(alias: str, info: Any, message: Any, index: int) -> None:
-    if message.dtype != info.dtype:
+def check_tensor(
+    alias: str, info: Any, dtype: int, shape: Sequence[int], *, index: int
+) -> None:
+    """Check an input's element type and rank against its TensorInfo.
+
+    Raises: RpcFailure.
+    """
+    if dtype != info.dtype:
         raise RpcFailure(
             _INVALID,
             f"Expects arg[{index}] to be {dtype_name(info.dtype)} but "
-            f"{dtype_name(message.dtype)} is provided",
+            f"{dtype_name(dtype)} is provided",
         )
     if info.tensor_shape.unknown_rank:
         return
-    want, got = len(info.tensor_shape.dim), len(message.tensor_shape.dim)
-    if want != got:
+    wanted = [dim.size for dim in info.tensor_shape.dim]
+    if len(wanted) != len(shape):
         raise RpcFailure(
             _INVALID,
-            f"input tensor {alias} has {got} dimensions, shape {_shape(message)}; the "
-            f"signature has {want}, shape {_shape(info)}",
+            f"input tensor {alias} has {len(shape)} dimensions, shape {_shape(shape)}; "
+            f"the signature has {len(wanted)}, shape {_shape(wanted)}",
         )
 
 
@@ -152,5 +177,5 @@ def _join(names: Iterable[str]) -> str:
     return ",".join(sorted(names))
 
 
-def _shape(message: Any) -> str:
-    return "[" + ",".join(str(dim.size) for dim in message.tensor_shape.dim) + "]"
+def _shape(sizes: Iterable[int]) -> str:
+    return "[" + ",".join(map(str, sizes)) + "]"

@@ -65,9 +65,24 @@ class Registry:
     """
 
     def __init__(self, labels: Mapping[str, Mapping[str, int]]) -> None:
-        self._labels = labels
+        self._labels = dict(labels)
         self._lock = threading.Lock()
         self._models: dict[str, dict[int, VersionState]] = {name: {} for name in labels}
+
+    def configure(self, labels: Mapping[str, Mapping[str, int]]) -> None:
+        """Replace the models and their labels; what is known of versions stays."""
+        with self._lock:
+            self._labels = dict(labels)
+            for name in labels:
+                self._models.setdefault(name, {})
+
+    def labels(self, model: str) -> Mapping[str, int]:
+        """Return a model's version labels."""
+        return self._labels.get(model, {})
+
+    def knows(self, model: str) -> bool:
+        """Say whether a model is configured."""
+        return model in self._labels
 
     def put(self, model: str, state: VersionState) -> None:
         """Enter or replace the state of one version."""

@@ -9,12 +9,12 @@ once every model was available, a bad new version harms nothing.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Sequence
 from concurrent import futures
 
@@ -22,15 +22,25 @@ import grpc
 
 import tdxd
 from tdxd.model_server.flags import Flags, StartError, parse_flags, usage
-from tdxd.model_server.lifecycle import Lifecycle, RetryPolicy
 from tdxd.model_server.model_config import ModelConfig, parse_model_config
-from tdxd.model_server.registry import Registry, Servable
+from tdxd.model_server.registry import Registry
 
 __all__ = ["main"]
 
+TYPE_CHECKING = False  # what these import takes time that --help does not have
+if TYPE_CHECKING:
+    from tdxd.model_server.calls import Calls
+    from tdxd.model_server.health import Health
+    from tdxd.model_server.http_server import HttpServer
+    from tdxd.model_server.load_loop import ConfigFile, LoadLoop
+    from tdxd.model_server.loading import Loading
+    from tdxd.model_server.metrics import Metrics
+    from tdxd.model_server.servicer import Reload
+
 _DRAIN_LIMIT_S = 300.0
 """Longest wait for calls in progress; whoever sent SIGTERM usually waits less, then kills."""
-_IDLE_S = 3600.0
+_BATCHING_THREADS = 64
+"""Threads for calls when these are batched: nearly all of them wait for their batch."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -45,13 +55,13 @@ def main(argv: Sequence[str]) -> int:
     if flags.version:
         sys.stdout.write(_version_text() + "\n")
         return 0
-    models = _models(flags)
+    models, config_file = _models(flags)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda _number, _frame: stop.set())
     for note in flags.notes:
         _log(note)
-    return _run(flags, models, stop)
+    return _run(flags, models, config_file, stop)
 
 
 def _version_text() -> str:
@@ -64,47 +74,40 @@ def _version_text() -> str:
     )
 
 
-def _models(flags: Flags) -> tuple[ModelConfig, ...]:
-    if not flags.model_config_file:
+def _models(flags: Flags) -> tuple[tuple[ModelConfig, ...], ConfigFile | None]:
+    from tdxd.model_server.load_loop import ConfigFile
+    from tdxd.model_server.loading import read_file
+
+    path = flags.model_config_file
+    if not path:
         one = ModelConfig(name=flags.model_name, base_path=flags.model_base_path)
-        return (one,)
-    try:
-        with open(flags.model_config_file, encoding="utf-8") as file:
-            text = file.read()
-    except (OSError, UnicodeDecodeError) as exc:
-        raise StartError(f"--model_config_file: {exc}") from exc
-    return parse_model_config(text, source=flags.model_config_file)
-
-
-def _run(flags: Flags, models: tuple[ModelConfig, ...], stop: threading.Event) -> int:
-    from tdxd.model_server.loader import start_tensorflow
-
-    start_tensorflow(
-        intra_op_threads=flags.intra_op_threads, inter_op_threads=flags.inter_op_threads
+        return (one,), None
+    read = functools.partial(read_file, path, "--model_config_file")
+    parse = functools.partial(parse_model_config, source=path)
+    text = read()
+    file = ConfigFile(
+        text=text, poll_wait_s=flags.config_poll_wait_s, read=read, parse=parse
     )
-    registry = Registry({model.name: model.labels for model in models})
-    lifecycle = Lifecycle(
-        models=models,
-        registry=registry,
-        retry=RetryPolicy(
-            retries=flags.load_retries, interval_s=flags.load_retry_interval_s
-        ),
-        list_names=os.listdir,
-        load=lambda path: _load(path, flags),
-        log=_log,
-    )
-    server, address = _listen(flags, registry)
+    return parse(text), file
+
+
+def _run(
+    flags: Flags,
+    models: tuple[ModelConfig, ...],
+    config_file: ConfigFile | None,
+    stop: threading.Event,
+) -> int:
+    running = _start(flags, models, config_file)
     outcome = _Outcome()
     loader = threading.Thread(
         target=_keep_loaded,
-        args=(lifecycle, flags.poll_wait_s, address, stop, outcome),
+        args=(running, stop, outcome),
         daemon=True,
         name="loader",
     )
     loader.start()
     stop.wait()
-    _log("Draining")
-    server.stop(_DRAIN_LIMIT_S).wait()
+    running.drain()
     loader.join(1.0)
     if loader.is_alive():
         # Inside a load: the interpreter cannot end cleanly around that thread.
@@ -114,17 +117,97 @@ def _run(flags: Flags, models: tuple[ModelConfig, ...], stop: threading.Event) -
     return 0
 
 
-def _load(path: str, flags: Flags) -> Servable:
-    """Load a model and warm it up.
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Running:
+    """The parts of a server that listens. `addresses` are those of gRPC."""
 
-    Raises: RpcFailure.
+    loop: LoadLoop
+    loading: Loading
+    health: Health
+    server: grpc.Server
+    addresses: Sequence[str]
+    rest: HttpServer | None
+
+    def drain(self) -> None:
+        """Let the calls in progress end; gRPC and REST stop to listen at once."""
+        _log("Draining")
+        self.loop.stop()
+        self.health.drain()
+        self.loading.drain()
+        stopped = self.server.stop(_DRAIN_LIMIT_S)
+        if self.rest is not None:
+            self.rest.drain(_DRAIN_LIMIT_S)
+        stopped.wait()
+
+
+def _start(
+    flags: Flags, models: tuple[ModelConfig, ...], config_file: ConfigFile | None
+) -> _Running:
+    """Make everything and listen; nothing is loaded yet.
+
+    Raises: StartError.
     """
-    from tdxd.model_server.loader import load_saved_model
-    from tdxd.model_server.warmup import warm_up
+    from tdxd.model_server.calls import Calls
+    from tdxd.model_server.health import Health
+    from tdxd.model_server.loader import start_tensorflow
+    from tdxd.model_server.loading import Loading
+    from tdxd.model_server.metrics import Metrics
 
-    servable = load_saved_model(path, tags=flags.saved_model_tags)
-    warm_up(servable, path, rounds=flags.warmup_rounds, log=_log)
-    return servable
+    metrics_path = _metrics_path(flags)
+    loading = Loading(flags, _log)
+    start_tensorflow(
+        intra_op_threads=flags.intra_op_threads, inter_op_threads=flags.inter_op_threads
+    )
+    registry, health, metrics = Registry({}), Health(), Metrics()
+    calls = Calls(
+        registry,
+        metrics,
+        respond_with_content=flags.respond_with_content,
+        check_method=flags.check_method,
+    )
+    loop = _load_loop(flags, models, config_file, registry, health, loading)
+    server, addresses = _listen(flags, calls, loop.reload, health)
+    return _Running(
+        loop=loop,
+        loading=loading,
+        health=health,
+        server=server,
+        addresses=addresses,
+        rest=_listen_rest(flags, calls, metrics, metrics_path),
+    )
+
+
+def _load_loop(
+    flags: Flags,
+    models: tuple[ModelConfig, ...],
+    config_file: ConfigFile | None,
+    registry: Registry,
+    health: Health,
+    loading: Loading,
+) -> LoadLoop:
+    from tdxd.model_server.lifecycle import Lifecycle, RetryPolicy
+    from tdxd.model_server.load_loop import LoadLoop
+
+    registry.configure({model.name: model.labels for model in models})
+    lifecycle = Lifecycle(
+        models=models,
+        registry=registry,
+        retry=RetryPolicy(
+            retries=flags.load_retries, interval_s=flags.load_retry_interval_s
+        ),
+        list_names=os.listdir,
+        load=loading.load,
+        log=_log,
+    )
+    return LoadLoop(
+        lifecycle,
+        registry,
+        health,
+        poll_wait_s=flags.poll_wait_s,
+        spread_labels=flags.spread_labels,
+        log=_log,
+        config_file=config_file,
+    )
 
 
 @dataclasses.dataclass(slots=True)
@@ -134,20 +217,30 @@ class _Outcome:
     failure: str = "the loader thread ended unexpectedly"
 
 
-def _listen(flags: Flags, registry: Registry) -> tuple[grpc.Server, str]:
+def _keep_loaded(running: _Running, stop: threading.Event, outcome: _Outcome) -> None:
+    """Load what the directories hold until told to stop; however it ends, the server stops."""
+    where = " ".join(running.addresses)
+    on_ready = functools.partial(_log, f"Running gRPC ModelServer at {where} ...")
+    try:
+        outcome.failure = running.loop.run(on_ready)
+    finally:
+        stop.set()
+
+
+def _listen(
+    flags: Flags, calls: Calls, reload: Reload, health: Health
+) -> tuple[grpc.Server, list[str]]:
     from tdxd.model_server.servicer import handlers
 
-    threads = flags.grpc_max_threads or os.cpu_count() or 1
+    quick = futures.ThreadPoolExecutor(1, thread_name_prefix="status")
+    services = handlers(calls, reload, quick)
+    if flags.health_service:
+        services.append(health.handler(quick))
+    threads = flags.grpc_max_threads or _threads(flags)
     server = grpc.server(
         futures.ThreadPoolExecutor(threads, thread_name_prefix="predict"),
-        handlers=handlers(registry, respond_with_content=flags.respond_with_content),
-        options=[
-            ("grpc.max_receive_message_length", -1),
-            ("grpc.max_send_message_length", -1),
-            # Two servers on one port would each get some of the connections.
-            ("grpc.so_reuseport", 0),
-            *flags.channel_arguments,
-        ],
+        handlers=services,
+        options=_channel_options(flags),
     )
     addresses = [f"0.0.0.0:{flags.port}"] if flags.port else []
     if flags.grpc_socket_path:
@@ -163,44 +256,65 @@ def _listen(flags: Flags, registry: Registry) -> tuple[grpc.Server, str]:
                 hint="another program may listen there, or the directory is missing",
             )
     server.start()
-    return server, " ".join(addresses)
+    return server, addresses
 
 
-def _keep_loaded(
-    lifecycle: Lifecycle,
-    poll_wait_s: int,
-    address: str,
-    stop: threading.Event,
-    outcome: _Outcome,
-) -> None:
-    """Load what the directories hold until told to stop; however it ends, the server stops."""
+def _threads(flags: Flags) -> int:
+    return _BATCHING_THREADS if flags.batching else os.cpu_count() or 1
+
+
+def _channel_options(flags: Flags) -> list[tuple[str, int | str]]:
+    """Return what is usual here, unless a flag says otherwise: of two values gRPC takes the first.
+
+    Two servers on one port would each get some of the connections.
+    """
+    usual: dict[str, int | str] = {
+        "grpc.max_receive_message_length": -1,
+        "grpc.max_send_message_length": -1,
+        "grpc.so_reuseport": 0,
+    }
+    return list((usual | dict(flags.channel_arguments)).items())
+
+
+def _listen_rest(
+    flags: Flags, calls: Calls, metrics: Metrics, metrics_path: str
+) -> HttpServer | None:
+    from tdxd.model_server.http_exchange import HttpLimits
+    from tdxd.model_server.http_server import HttpServer
+    from tdxd.model_server.rest_api import RestApi
+
+    if not (flags.rest_port or flags.rest_unix):
+        return None
+    server = HttpServer(
+        RestApi(calls, metrics, metrics_path=metrics_path),
+        threads=flags.rest_threads or _threads(flags),
+        limits=HttpLimits(answer_s=flags.rest_timeout_s),
+    )
+    addresses = server.listen(port=flags.rest_port, unix_path=flags.rest_unix)
+    _log(f"Exporting HTTP/REST API at {' '.join(addresses)} ...")
+    return server
+
+
+def _metrics_path(flags: Flags) -> str:
+    """Return where Prometheus looks, as the monitoring file says; empty: nowhere."""
+    from google.protobuf import text_format
+
+    from tdxd.model_server.loading import read_file
+    from tdxd.model_server.metrics import METRICS_PATH
+    from tdxd.model_server.small_messages import MonitoringConfig
+
+    if not flags.monitoring_config_file:
+        return ""
+    text = read_file(flags.monitoring_config_file, "--monitoring_config_file")
+    config = MonitoringConfig()
     try:
-        outcome.failure = _load_loop(lifecycle, poll_wait_s, address, stop)
-    finally:
-        stop.set()
-
-
-def _load_loop(
-    lifecycle: Lifecycle, poll_wait_s: int, address: str, stop: threading.Event
-) -> str:
-    """Return why the server could not start, or nothing once told to stop."""
-    ready = False
-    next_scan_s = time.monotonic() if poll_wait_s >= 0 else None
-    while not stop.is_set():
-        now_s = time.monotonic()
-        if next_scan_s is not None and next_scan_s <= now_s:
-            lifecycle.scan()
-            next_scan_s = now_s + poll_wait_s if poll_wait_s > 0 else None
-        lifecycle.step(now_s)
-        if not ready and lifecycle.complete():
-            ready = True
-            _log(f"Running gRPC ModelServer at {address} ...")
-        if not ready and lifecycle.boot_failure():
-            return lifecycle.boot_failure()
-        due = [when for when in (next_scan_s, lifecycle.next_due_s()) if when]
-        wait_s = min(due, default=now_s + _IDLE_S) - time.monotonic()
-        stop.wait(max(wait_s, 0.0))
-    return ""
+        text_format.Parse(text, config)
+    except text_format.ParseError as exc:
+        raise StartError(f"{flags.monitoring_config_file}: {exc}") from exc
+    if not config.prometheus_config.enable:
+        return ""
+    path: str = config.prometheus_config.path or METRICS_PATH
+    return path
 
 
 def _log(text: str) -> None:

@@ -9,61 +9,101 @@ from typing import Any
 import grpc
 
 from tdxd.host import tf_messages
+from tdxd.model_server.calls import Calls
 from tdxd.model_server.failure import RpcFailure, truncated
-from tdxd.model_server.predict import answer_predict, fill_model_spec
-from tdxd.model_server.registry import Registry
 
-__all__ = ["handlers"]
+__all__ = ["Reload", "handlers"]
 
-_SIGNATURE_DEF = "signature_def"
-_INVALID = grpc.StatusCode.INVALID_ARGUMENT
+Reload = Callable[[Any, Callable[[], bool]], None]
+"""Serves a ModelServerConfig instead; the second argument says whether the caller still waits.
+
+Raises: RpcFailure.
+"""
 
 
 def handlers(
-    registry: Registry, *, respond_with_content: bool
+    calls: Calls, reload: Reload, quick: futures.ThreadPoolExecutor
 ) -> list[grpc.GenericRpcHandler]:
-    """Return the handlers of PredictionService and ModelService."""
-    predict = tf_messages.predict()
-    metadata = tf_messages.model_metadata()
-    status = tf_messages.model_status()
+    """Return the handlers of PredictionService and ModelService.
 
-    def on_predict(request: Any) -> Any:
-        response = predict.PredictResponse()
-        answer_predict(registry, request, response, with_content=respond_with_content)
-        return response
-
-    def on_metadata(request: Any) -> Any:
-        return _metadata(registry, request, metadata)
-
-    def on_status(request: Any) -> Any:
-        return _status(registry, request, status)
-
-    # These answer at once and have a thread of their own, so that a server whose every thread
-    # computes still says that it is ready.
-    quick = futures.ThreadPoolExecutor(1, thread_name_prefix="status")
+    `quick` is the pool of what answers at once, so that a server whose every thread computes still
+    says that it is ready.
+    """
+    # Reloads wait for models; one after the other, as the original's lock has them.
+    slow = futures.ThreadPoolExecutor(1, thread_name_prefix="reload")
     return [
         grpc.method_handlers_generic_handler(
-            tf_messages.PREDICTION_SERVICE,
-            {
-                "Predict": _handler(on_predict, predict.PredictRequest, None),
-                "GetModelMetadata": _handler(
-                    on_metadata, metadata.GetModelMetadataRequest, quick
-                ),
-            },
+            tf_messages.PREDICTION_SERVICE, _prediction(calls, quick)
         ),
         grpc.method_handlers_generic_handler(
-            tf_messages.MODEL_SERVICE,
-            {
-                "GetModelStatus": _handler(
-                    on_status, status.GetModelStatusRequest, quick
-                )
-            },
+            tf_messages.MODEL_SERVICE, _model(calls, reload, quick, slow)
         ),
     ]
 
 
+def _prediction(
+    calls: Calls, quick: futures.ThreadPoolExecutor
+) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
+    def measured(api: str, answer: Callable[[Any], Any]) -> Callable[[Any, Any], Any]:
+        def on_request(request: Any, _context: Any) -> Any:
+            with calls.measured(request.model_spec, api, "GRPC"):
+                return answer(request)
+
+        return on_request
+
+    classification = tf_messages.classification()
+    return {
+        "Predict": _handler(
+            measured("Predict", calls.predict),
+            tf_messages.predict().PredictRequest,
+            None,
+        ),
+        "Classify": _handler(
+            measured("Classify", calls.classify),
+            classification.ClassificationRequest,
+            None,
+        ),
+        "Regress": _handler(
+            measured("Regress", calls.regress),
+            tf_messages.regression().RegressionRequest,
+            None,
+        ),
+        "GetModelMetadata": _handler(
+            lambda request, _context: calls.metadata(request),
+            tf_messages.model_metadata().GetModelMetadataRequest,
+            quick,
+        ),
+    }
+
+
+def _model(
+    calls: Calls,
+    reload: Reload,
+    quick: futures.ThreadPoolExecutor,
+    slow: futures.ThreadPoolExecutor,
+) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
+    management = tf_messages.model_management()
+
+    def on_reload(request: Any, context: Any) -> Any:
+        reload(request.config, context.is_active)
+        response = management.ReloadConfigResponse()
+        response.status.SetInParent()
+        return response
+
+    return {
+        "GetModelStatus": _handler(
+            lambda request, _context: calls.status(request),
+            tf_messages.model_status().GetModelStatusRequest,
+            quick,
+        ),
+        "HandleReloadConfigRequest": _handler(
+            on_reload, management.ReloadConfigRequest, slow
+        ),
+    }
+
+
 def _handler(
-    answer: Callable[[Any], Any],
+    answer: Callable[[Any, Any], Any],
     request_class: Any,
     pool: futures.ThreadPoolExecutor | None,
 ) -> Any:
@@ -71,7 +111,7 @@ def _handler(
         if not context.is_active():  # it gave up while it waited for a thread
             context.abort(grpc.StatusCode.CANCELLED, "the caller has gone")
         try:
-            return answer(request)
+            return answer(request, context)
         except RpcFailure as exc:
             context.abort(exc.code, truncated(exc.text))
 
@@ -83,36 +123,3 @@ def _handler(
         request_deserializer=request_class.FromString,
         response_serializer=lambda response: response.SerializeToString(),
     )
-
-
-def _metadata(registry: Registry, request: Any, messages: Any) -> Any:
-    if not request.HasField("model_spec"):
-        raise RpcFailure(_INVALID, "Missing ModelSpec")
-    if not request.metadata_field:
-        text = "GetModelMetadataRequest must specify at least one metadata_field"
-        raise RpcFailure(_INVALID, text)
-    for field in request.metadata_field:
-        if field != _SIGNATURE_DEF:
-            raise RpcFailure(_INVALID, f"Metadata field {field} is not supported")
-    version, servable = registry.resolve(request.model_spec)
-    response = messages.GetModelMetadataResponse()
-    fill_model_spec(response, request.model_spec.name, version, "")
-    signatures = messages.SignatureDefMap()
-    for key, signature in servable.signatures.items():
-        signatures.signature_def[key].MergeFromString(signature.SerializeToString())
-    response.metadata[_SIGNATURE_DEF].Pack(signatures)
-    return response
-
-
-def _status(registry: Registry, request: Any, messages: Any) -> Any:
-    if not request.HasField("model_spec"):
-        raise RpcFailure(_INVALID, "Missing ModelSpec")
-    response = messages.GetModelStatusResponse()
-    for state in registry.status(request.model_spec):
-        one = response.model_version_status.add()
-        one.version = state.version
-        one.state = int(state.state)
-        one.status.SetInParent()
-        one.status.error_code = state.error_code
-        one.status.error_message = state.error_text
-    return response

@@ -1,13 +1,13 @@
 """Executes a model's recorded requests before it answers real ones, which then find it warm.
 
 Source: tensorflow_serving/servables/tensorflow/saved_model_warmup_util.cc (the file, the limit, and
-that a failure is the load's); of the kinds of records only Predict is a call of this server.
+that a failure is the load's). Records of calls that this server does not have are left out.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import grpc
@@ -16,6 +16,7 @@ from google.protobuf.message import DecodeError
 from tdxd.core.tfrecord import read_records
 from tdxd.errors import DataError
 from tdxd.host import tf_messages
+from tdxd.model_server.examples import classify, regress
 from tdxd.model_server.failure import RpcFailure
 from tdxd.model_server.predict import execute
 from tdxd.model_server.registry import Servable
@@ -24,6 +25,22 @@ __all__ = ["warm_up"]
 
 _FILE = "assets.extra/tf_serving_warmup_requests"
 _MAX_RECORDS = 1000
+
+
+def _classify(servable: Servable, request: Any) -> None:
+    result = tf_messages.classification().ClassificationResult()
+    classify(servable, request, result)
+
+
+def _regress(servable: Servable, request: Any) -> None:
+    regress(servable, request, tf_messages.regression().RegressionResult())
+
+
+_EXECUTE: Mapping[str, Callable[[Servable, Any], object]] = {
+    "predict_log": execute,
+    "classify_log": _classify,
+    "regress_log": _regress,
+}
 
 
 def warm_up(
@@ -37,17 +54,17 @@ def warm_up(
     if not rounds or not os.path.exists(file):
         return
     requests = _read(file, log)
-    for request in requests:
+    for kind, request in requests:
         for _ in range(rounds):
-            execute(servable, request)
+            _EXECUTE[kind](servable, request)
     log(
         f"Finished reading warmup data for model at {path}. "
         f"Number of warmup records read: {len(requests)}."
     )
 
 
-def _read(file: str, log: Callable[[str], None]) -> list[Any]:
-    requests = []
+def _read(file: str, log: Callable[[str], None]) -> list[tuple[str, Any]]:
+    requests: list[tuple[str, Any]] = []
     try:
         with open(file, "rb") as opened:
             data = opened.read()
@@ -60,8 +77,8 @@ def _read(file: str, log: Callable[[str], None]) -> list[Any]:
                 )
             one = tf_messages.prediction_log().PredictionLog.FromString(record)
             kind = one.WhichOneof("log_type")
-            if kind == "predict_log":
-                requests.append(one.predict_log.request)
+            if kind in _EXECUTE:
+                requests.append((kind, getattr(one, kind).request))
             else:
                 log(f"Unsupported log_type for warmup: {kind}; left out")
     except (OSError, DataError, DecodeError) as exc:

@@ -49,9 +49,9 @@ def test_version_is_two_lines_as_the_originals_and_starts_no_tensorflow():
             "did you mean --port=…?",
         ),
         (
-            ["--model_base_path=/m", "--rest_api_port=8501"],
-            "--rest_api_port=8501: not supported by this server",
-            "REST is not there yet; use gRPC, and --rest_api_port=0",
+            ["--model_base_path=/m", "--ssl_config_file="],
+            "--ssl_config_file=: not supported by this server",
+            "this server has no TLS: put tdxd's front before it",
         ),
         (
             ["--port=0", "--model_base_path=/m"],
@@ -69,7 +69,7 @@ def test_version_is_two_lines_as_the_originals_and_starts_no_tensorflow():
         (
             ["--model_base_path=models/m"],
             (
-                "Expected model default to have an absolute path; "
+                "Expected model default to have an absolute path or URI; "
                 "got base_path()=models/m"
             ),
             None,

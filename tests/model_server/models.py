@@ -80,6 +80,8 @@ def main(directory: Path) -> None:
     save(directory / "many" / "1", 2.0)
     save(directory / "many" / "12", 3.0)
     frozen(tf, directory / "frozen" / "1")
+    examples(tf, directory / "examples" / "1")
+    open_rank(tf, directory / "open" / "1")
     bad = directory / "bad" / "1"
     bad.mkdir(parents=True)
     (bad / "saved_model.pb").write_bytes(b"\xff\xff\xff")
@@ -100,6 +102,48 @@ def frozen(tf, path: Path) -> None:
         x = v1.placeholder(tf.float32, [None, 2], name="input")
         y = tf.add(x, 1.0, name="predict")
         v1.saved_model.simple_save(session, str(path), {"input": x}, {"predict": y})
+
+
+def examples(tf, path: Path) -> None:
+    """Write a model of tf.Example messages, of which it reads two numbers, `x`."""
+    v1 = tf.compat.v1
+    signatures = v1.saved_model.signature_def_utils
+    with v1.Session(graph=tf.Graph()) as session:
+        encoded = v1.placeholder(tf.string, [None], name="encoded")
+        features = {"x": tf.io.FixedLenFeature([2], tf.float32)}
+        x = v1.parse_example(encoded, features)["x"]
+        labels = tf.tile([["left", "right"]], [tf.shape(x)[0], 1])
+        total = tf.reduce_sum(x, 1)
+        builder = v1.saved_model.Builder(str(path))
+        builder.add_meta_graph_and_variables(
+            session,
+            ["serve"],
+            {
+                "serving_default": signatures.classification_signature_def(
+                    encoded, labels, x
+                ),
+                "scores": signatures.classification_signature_def(encoded, None, x),
+                "total": signatures.regression_signature_def(encoded, total),
+                "wide": signatures.build_signature_def(
+                    {"inputs": v1.saved_model.utils.build_tensor_info(encoded)},
+                    {"outputs": v1.saved_model.utils.build_tensor_info(x)},
+                    "tensorflow/serving/regress",
+                ),
+            },
+        )
+        builder.save()
+
+
+def open_rank(tf, path: Path) -> None:
+    """Write a model whose convolution takes whatever a request sends: wrong ranks abort it."""
+
+    class Open(tf.Module):  # type: ignore[misc]
+        @tf.function(input_signature=[tf.TensorSpec(None, tf.float32, "i")])
+        def convolve(self, i):
+            return {"o": tf.nn.conv2d(i, tf.ones([3, 3, 3, 2]), 1, "SAME")}
+
+    made = Open()
+    tf.saved_model.save(made, str(path), signatures={"serving_default": made.convolve})
 
 
 def retag(path: Path) -> None:

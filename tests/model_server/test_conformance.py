@@ -9,13 +9,10 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
-import grpc
 import numpy as np
 import pytest
 
@@ -24,6 +21,7 @@ from tests.model_server.running import (
     ROOT,
     Caller,
     predict_request,
+    refusal,
     running_server,
     server_command,
 )
@@ -32,54 +30,6 @@ pytestmark = [pytest.mark.tensorflow, pytest.mark.slow]
 
 LOADING, AVAILABLE, END = 20, 30, 50
 X = np.arange(8, dtype=np.float32).reshape(2, 4)
-CONFIG = """model_config_list {{
-  config {{ name: "many" base_path: "{0}/many" model_platform: "tensorflow"
-           model_version_policy {{ all {{}} }}
-           version_labels {{ key: "stable" value: 1 }} }}
-  config {{ name: "frozen" base_path: "{0}/frozen" model_platform: "tensorflow" }}
-}}
-"""
-
-
-@pytest.fixture(scope="session")
-def models(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("models")
-    script = Path(__file__).with_name("models.py")
-    done = subprocess.run(
-        [sys.executable, script, directory],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return directory
-
-
-@pytest.fixture(scope="session")
-def server(models, tmp_path_factory):
-    directory = tmp_path_factory.mktemp("server")
-    config = directory / "models.config"
-    config.write_text(CONFIG.format(models))
-    with running_server(directory, f"--model_config_file={config}") as running:
-        running.wait_for("Running gRPC ModelServer at unix:")
-        yield running
-
-
-@pytest.fixture(scope="session")
-def caller(server):
-    made = Caller(server.socket)
-    made.ready()
-    yield made
-    made.close()
-
-
-def refusal(call, *arguments, **inputs) -> tuple[str, str]:
-    with pytest.raises(grpc.RpcError) as caught:
-        call(*arguments, **inputs)
-    error: Any = caught.value
-    return error.code().name, error.details()
-
 
 # --- Predict ------------------------------------------------------------------
 
@@ -207,11 +157,6 @@ def test_a_bad_request_is_refused_and_the_process_lives(
 def test_unknown_methods_are_unimplemented(caller):
     call = caller._channel.unary_unary("/tensorflow.serving.ModelService/Nope")
     assert refusal(call, b"")[0] == "UNIMPLEMENTED"
-
-
-def test_reloading_by_anybody_is_not_offered(caller):
-    method = "/tensorflow.serving.ModelService/HandleReloadConfigRequest"
-    assert refusal(caller._channel.unary_unary(method), b"")[0] == "UNIMPLEMENTED"
 
 
 def test_bytes_that_are_no_message_are_refused_and_the_process_lives(caller, server):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.certificates import self_signed
 from tests.model_server.running import ROOT, running_server
@@ -85,6 +86,19 @@ def test_json_in_and_out(digits, infer, tmp_path):
     output = answer["outputs"]["probabilities"]
     assert output["shape"] == [1, 10]
     assert sum(output["values"][0]) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_an_image_file_and_labels(digits, infer, tmp_path):
+    pixels = np.load(digits / "digit.npy")[0].astype(np.uint8)
+    image, labels = tmp_path / "digit.png", tmp_path / "labels.txt"
+    Image.fromarray(pixels).save(image)
+    labels.write_text("".join(f"digit {number}\n" for number in range(10)))
+    arguments = ["--input", image, "--labels", labels, "--top", 1, "--json"]
+    (top,) = json.loads(infer("predict", *arguments))["outputs"]["probabilities"]["top"]
+    with np.load(digits / "heldout.npz") as heldout:
+        want = int(heldout["answers_one"][0].argmax())
+    assert (top[0]["index"], top[0]["label"]) == (want, f"digit {want}")
+    assert "input   image: float [?, 8, 8]\n" in infer("show")
 
 
 def test_bench(digits, infer):

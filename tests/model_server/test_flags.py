@@ -51,10 +51,11 @@ def test_the_daemons_command_line_is_understood_without_a_note():
         ("--port=٣", "--port=٣: expected a whole number", ""),
         ("--port=99999", "--port=99999: expected 0 to 65535", ""),
         ("--version=yes", "--version=yes: expected true or false", ""),
+        ("--rest_api_port=-1", "--rest_api_port=-1: expected 0 to 65535", ""),
         (
-            "--rest_api_port=8501",
-            "--rest_api_port=8501: not supported by this server",
-            "REST is not there yet; use gRPC, and --rest_api_port=0",
+            "--rest_api_timeout_in_ms=0",
+            "--rest_api_timeout_in_ms: expected 1 or more",
+            "",
         ),
         (
             "--ssl_config_file=",
@@ -63,7 +64,28 @@ def test_the_daemons_command_line_is_understood_without_a_note():
         ),
         (
             "--monitoring_config_file=/x",
-            "--monitoring_config_file=/x: not supported by this server",
+            "--monitoring_config_file without --rest_api_port: nowhere to show metrics",
+            "add --rest_api_port=8501",
+        ),
+        (
+            "--batching_parameters_file=/x",
+            (
+                "--batching_parameters_file is set without setting --enable_batching to "
+                "true."
+            ),
+            "",
+        ),
+        (
+            "--enable_per_model_batching_parameters",
+            (
+                "--enable_per_model_batching_parameters is set without setting "
+                "--enable_batching to true."
+            ),
+            "",
+        ),
+        (
+            "--mixed_precision=bfloat16",
+            "--mixed_precision=bfloat16: not supported by this server",
             "leave the flag out",
         ),
         (
@@ -96,12 +118,12 @@ def test_something_to_serve_is_needed():
 
 
 def test_a_flag_without_effect_is_noted():
-    flags = parse_flags([BASE, "--enable_batching"])
-    assert flags.notes == ("--enable_batching=true has no effect in this server",)
+    flags = parse_flags([BASE, "--prefer_tflite_model"])
+    assert flags.notes == ("--prefer_tflite_model=true has no effect in this server",)
 
 
 def test_a_flag_without_effect_at_its_default_is_not_noted():
-    assert parse_flags([BASE, "--enable_batching=false"]).notes == ()
+    assert parse_flags([BASE, "--prefer_tflite_model=false"]).notes == ()
 
 
 @pytest.mark.parametrize(
@@ -131,8 +153,8 @@ def test_asking_needs_no_model(flag):
 def test_usage_shows_every_flag_with_its_default():
     text = usage()
     assert "  --port=8500\n" in text
-    assert "  --rest_api_port=0  (not supported)\n" in text
-    assert "  --enable_batching=false  (no effect)\n" in text
+    assert "  --ssl_config_file=  (not supported)\n" in text
+    assert "  --prefer_tflite_model=false  (no effect)\n" in text
 
 
 def test_start_errors_are_ours():

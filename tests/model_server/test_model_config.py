@@ -57,14 +57,14 @@ def test_version_policies(policy, want):
         (one('base_path: "/a"'), "a model has no name"),
         (
             'model_config_list { config { name: "a" base_path: "/a" } }',
-            "model a: model_platform is ''",
+            "Illegal setting neither ModelServerConfig::model_type (deprecated)",
         ),
         (
             one(
                 'name: "a" base_path: "/a" } config { name: "a" base_path: "/b" '
                 'model_platform: "tensorflow"'
             ),
-            "duplicate model name a",
+            "Illegal to list model a multiple times in config list",
         ),
     ],
 )

@@ -109,10 +109,21 @@ def test_too_many_requests_fail_the_load(warmed):
     assert text.startswith("Number of warmup records exceeds the maximum (1000) at ")
 
 
+def test_classify_and_regress_requests_are_executed_too(warmed):
+    records = []
+    for kind in ("classify_log", "regress_log"):
+        log: Any = tf_messages.prediction_log().PredictionLog()
+        getattr(log, kind).request.model_spec.signature_name = "other"
+        warmed.write(write_records([log.SerializeToString()]))
+        records.append(warmed.refusal())
+    refused = ("INVALID_ARGUMENT", "No signature was found with the name: other")
+    assert records == [refused, refused]
+
+
 def test_a_call_that_this_server_does_not_have_is_left_out(warmed):
     log: Any = tf_messages.prediction_log().PredictionLog()
-    log.classify_log.SetInParent()
+    log.session_run_log.SetInParent()
     warmed.write(write_records([log.SerializeToString(), record(1)]))
     warmed.run()
     assert warmed.seen == [[1]]
-    assert warmed.log[0] == "Unsupported log_type for warmup: classify_log; left out"
+    assert warmed.log[0] == "Unsupported log_type for warmup: session_run_log; left out"
