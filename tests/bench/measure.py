@@ -6,13 +6,16 @@ are run alternately, and what counts is the median of the ratios within each pai
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import statistics
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
-__all__ = ["Paired", "Spent", "paired", "rss_bytes", "run_process"]
+__all__ = ["Paired", "Spent", "paired", "peak_memory", "rss_bytes", "run_process"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,3 +89,49 @@ def rss_bytes(pid: int) -> int:
             if line.startswith("VmRSS:"):
                 return int(line.split()[1]) * 1024
     raise RuntimeError(f"process {pid} has no resident memory")
+
+
+@contextlib.contextmanager
+def peak_memory(pid: int) -> Iterator[list[int]]:
+    """Yield a list whose one item grows to the most memory a process and its children have had.
+
+    It counts what is resident, and what stands in files that live in memory only; mkfs.erofs
+    apart.
+    """
+    peak, ended = [0], threading.Event()
+
+    def look() -> None:
+        while not ended.wait(0.005):
+            with contextlib.suppress(
+                OSError, RuntimeError
+            ):  # it ended between two looks
+                family = sum(map(_own_rss, _family(pid)))
+                peak[0] = max(peak[0], family + _memory_files(pid))
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _family(pid: int) -> list[int]:
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [pid, *map(int, children)]
+
+
+def _own_rss(pid: int) -> int:
+    if Path(f"/proc/{pid}/comm").read_text() == "mkfs.erofs\n":
+        return 0
+    return rss_bytes(pid)
+
+
+def _memory_files(pid: int) -> int:
+    found = {}
+    for path in Path(f"/proc/{pid}/fd").iterdir():
+        if str(path.readlink()).startswith("/memfd:"):
+            seen = path.stat()
+            found[seen.st_ino] = seen.st_blocks * 512
+    return sum(found.values())

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from tdxd.core import (
     ccel,
+    endpoint_proof,
     event_meaning,
     eventlog,
     keyrelease,
@@ -75,6 +76,17 @@ def _runtime_log(data: bytes) -> None:
         assert runtime_log.encode_runtime_log(events) == data
         for event in events:
             runtime_log.read_volume_event(event)
+
+
+def _endpoint_evidence(data: bytes) -> None:
+    with contextlib.suppress(RemoteProtocolError):
+        evidence = endpoint_proof.parse_endpoint_evidence(data, source="fuzz")
+        assert evidence.encode() == data
+    with contextlib.suppress(DataError):
+        assert len(endpoint_proof.key_digest_of_der(data)) == 32
+    nonce = endpoint_proof.nonce_of_target(data.decode("latin-1"))
+    if nonce is not None:
+        assert endpoint_proof.evidence_target(nonce).encode() == data
 
 
 def _qgs_frames(data: bytes) -> None:
@@ -166,6 +178,9 @@ _MANIFEST = Manifest(
 )
 _FOREIGN = ForeignManifest(volume_id="digits", generation=1, header_sha256=bytes(32))
 _CLAIMS = keyrelease.TokenClaims(nonce=bytes(32), expiry_s=1, deployment=bytes(16))
+_EVIDENCE = endpoint_proof.EndpointEvidence(
+    key_sha256=bytes(32), quote=b"q", event_log=b"", runtime_log=b"r"
+)
 _POLICY = b"""
 [tdx]
 mrtd = ["%s"]
@@ -200,6 +215,11 @@ TARGETS = {
     "runtime_log": Target(
         run=_runtime_log,
         seeds=(runtime_log.encode_runtime_log([runtime_log.volume_event(_MANIFEST)]),),
+    ),
+    "endpoint_evidence": Target(
+        run=_endpoint_evidence,
+        seeds=(_EVIDENCE.encode(), endpoint_proof.evidence_target(bytes(32)).encode()),
+        runs=50_000,
     ),
     "qgs": Target(
         run=_qgs_frames,

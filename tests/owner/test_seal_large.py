@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench.volume import _peak
+from tests.bench.measure import peak_memory
 
 ROOT = Path(__file__).parents[2]
 FILES = 100_000
@@ -28,7 +28,7 @@ def seal(cwd: Path, *argv: str) -> tuple[float, int, str]:
     start_s = time.monotonic()
     with (
         subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.PIPE) as process,
-        _peak(process.pid) as peak,
+        peak_memory(process.pid) as peak,
     ):
         said = process.communicate()[0].decode()
     assert process.returncode == 0
@@ -76,6 +76,7 @@ def test_memory_does_not_grow_with_the_image(tmp_path):
         peaks.append(
             [
                 seal(out, *CREATE, "--bundle", "m.bundle")[1],
+                seal(out, "verify", "m.img", "--bundle", "m.bundle")[1],
                 seal(out, *REKEY, "--new-bundle", "n.bundle")[1],
                 seal(out, *OPEN, "--extract", "back")[1],
             ]

@@ -8,7 +8,6 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 
-from tdxd.core import verity
 from tdxd.core.bundle import BLOCK_BYTES, KeyBundle, Manifest, volume_key
 from tdxd.core.sealed import PublicRecord
 from tdxd.core.secret import Secret
@@ -69,7 +68,7 @@ def _check_size(image: Path, fd: int, record: PublicRecord) -> None:
 def check_payload(image: Path, bundle: KeyBundle, progress: Progress) -> None:
     """Decrypt the whole payload and verify it up to the root hash, on all processors.
 
-    Takes memory for the hash tree, which is 0.8 % of the image.
+    Memory does not grow with the image, but by the upper levels of its hash tree: 1 MiB for 16 GiB.
 
     Raises: MissingError, BadHeaderError; IntegrityError, naming a wrong block; HostError.
     """
@@ -102,13 +101,11 @@ def decrypt_payload(
 ) -> None:
     """Verify the payload of an open image, on all processors.
 
-    The hash tree is written to `tree_fd`, the file system to `out_fd` unless that is -1, each at
-    its place in the payload: they may be the same.
+    The upper levels of the hash tree are written to `tree_fd`, the file system to `out_fd`
+    unless that is -1, each at its place in the payload: they may be the same.
 
     Raises: IntegrityError, naming a wrong block; HostError.
     """
-    levels = verity.geometry(manifest.data_blocks).levels
-    leaves = levels[-1].first_block if levels else manifest.data_blocks
     whole, done = manifest.data_blocks * BLOCK_BYTES, 0
 
     def count(_first: int, blocks: int) -> None:
@@ -116,7 +113,7 @@ def decrypt_payload(
         done += blocks * BLOCK_BYTES
         progress(done, whole)
 
-    open_tree(name, fd, manifest, key.reveal(), tree_fd)
+    leaves = open_tree(name, fd, manifest, key.reveal(), tree_fd)
     task = Task(
         op="open",
         in_fd=fd,
@@ -124,7 +121,8 @@ def decrypt_payload(
         out_fd=out_fd,
         out_base=0,
         digests_fd=tree_fd,
-        digests_base=leaves * BLOCK_BYTES,
+        digests_base=leaves.digests_base,
+        leaf_block=leaves.first_block,
         key=key.reveal(),
         salt=manifest.salt,
     )

@@ -13,7 +13,7 @@ from tdxd.core.bundle import BLOCK_BYTES, KeyBundle, Manifest, volume_key
 from tdxd.core.verity import DIGEST_BYTES, DIGESTS_PER_BLOCK
 from tdxd.errors import HostError, IntegrityError
 from tdxd.host.image_file import check_root, open_image
-from tdxd.host.range_worker import crypt
+from tdxd.host.range_worker import blocks_of, crypt
 
 __all__ = ["Payload", "open_payload", "real_path"]
 
@@ -45,9 +45,10 @@ class Payload:
         self._fd, self._manifest, self._name = fd, manifest, name
         self._levels = verity.geometry(manifest.data_blocks).levels
         size = DIGESTS_PER_BLOCK * BLOCK_BYTES
-        source, self._plain = bytearray(size), bytearray(size + sealed.RUN_SLACK_BYTES)
+        source, self._plain = bytearray(size), bytearray(size)
         self._source = memoryview(source)
-        self._decrypt = crypt(key, source, self._plain, encrypt=False)
+        blocks, plain = blocks_of(source), blocks_of(self._plain)
+        self._decrypt = crypt(key, blocks, plain, encrypt=False)
         self._kept = functools.lru_cache(_KEPT_BLOCKS)(self._hash_block)
 
     def read(self, offset: int, size: int) -> bytes:
