@@ -71,23 +71,36 @@ def _show_runtime(runtime: object) -> None:
 
 
 def _show_volumes(volumes: list[dict[str, object]]) -> None:
-    titles = ("VOLUME", "STATE", "GEN", "LEASE", "INTEGRITY", "SIZE", "IMAGE")
-    rows = [
-        (
-            str(one["id"]),
-            str(one["state"]),
-            str(one["generation"] or "-"),
-            _span(one.get("lease_left_s")),
-            str(one["integrity"] or "-"),
-            _size(one["size_bytes"]),
-            str(one["image"]),
-        )
-        for one in volumes
-    ]
-    _table(titles, rows)
+    titles = (
+        *("VOLUME", "KIND", "STATE", "SINCE", "GEN", "LEASE"),
+        *("INTEGRITY", "MAPPER", "SIZE", "READ", "IMAGE"),
+    )
+    _table(titles, [_volume_row(one) for one in volumes])
     for one in volumes:
-        _show_error(f"volume {one['id']}", one.get("error"))
-        _show_error(f"lease of volume {one['id']}", one.get("lease_error"))
+        name = f"volume {one['id']}"
+        _show_error(name, one.get("error"))
+        _show_error(f"lease of {name}", one.get("lease_error"))
+        last = one.get("last_error")
+        if isinstance(last, dict) and not one.get("error"):
+            _show_error(f"{name}, last error at {_moment(last.get('time'))}", last)
+
+
+def _volume_row(one: dict[str, object]) -> tuple[str, ...]:
+    writable = " rw" if one.get("writable") else ""
+    header = f" ({one['header']} header)" if one.get("header") else ""
+    return (
+        str(one["id"]),
+        f"{one.get('kind')}{writable}",
+        str(one["state"]),
+        _moment(one.get("since")),
+        str(one["generation"] or "-"),
+        _span(one.get("lease_left_s")),
+        f"{one['integrity'] or '-'}{header}",
+        str(one.get("mapper") or "-"),
+        _size(one["size_bytes"]),
+        _size(one.get("bytes_read")),
+        str(one["image"]),
+    )
 
 
 def _show_serving(serving: dict[str, object]) -> None:
@@ -137,6 +150,11 @@ def _paint(text: str) -> str:
     if colour is None or not sys.stdout.isatty():
         return text
     return f"\033[{colour}m{text}\033[0m"
+
+
+def _moment(value: object) -> str:
+    """Return a time of the daemon, in UTC, to the second."""
+    return str(value)[:19].replace("T", " ")
 
 
 def _size(value: object) -> str:

@@ -9,7 +9,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from tdxd.cli.boundary import Parser, run
+from tdxd.cli import passphrase
+from tdxd.cli.boundary import Parser, run, show_error
 from tdxd.cli.doctor_tables import show_findings
 from tdxd.cli.status_tables import event_line, show_status, to_json
 from tdxd.core import wire
@@ -26,6 +27,8 @@ _SOCKET = "/run/tdxd.sock"
 _SILENCE_S = 30.0
 """The daemon sends a frame every five seconds, and later on a machine that is busy."""
 _AGAIN_S = 0.1
+_TRIES = 3
+"""How often a passphrase is asked for, as cryptsetup does."""
 
 Reply = dict[str, object]
 
@@ -49,11 +52,8 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument(
         "--watch", action="store_true", help="show it anew at each change"
     )
-    for verb, text in (
-        ("mount", "want a volume mounted until the next reload"),
-        ("unmount", "want a volume closed until the next reload"),
-    ):
-        add(verb, text).add_argument("volume")
+    _add_passphrase(add("mount", "want a volume mounted until the next reload"))
+    add("unmount", "want a volume closed until the next reload").add_argument("volume")
     add("reload", "read the configuration anew; returns when it is carried out")
     reexec = add("reexec", "run the installed tdxd in the place of the one that runs")
     reexec.add_argument("--timeout", type=_seconds, default=120.0, metavar="SECONDS")
@@ -69,6 +69,21 @@ def _parser() -> argparse.ArgumentParser:
     add("version", "show the daemon's version")
     add("doctor", "say what is missing on this machine, and what to do about it")
     return parser
+
+
+def _add_passphrase(mount: argparse.ArgumentParser) -> None:
+    mount.add_argument("volume")
+    mount.add_argument(
+        "--passphrase-fd",
+        type=int,
+        metavar="N",
+        help="read the passphrase that it needs from a descriptor, not from the terminal",
+    )
+    mount.add_argument(
+        "--passphrase-file",
+        metavar="FILE",
+        help="read the passphrase that it needs from a file",
+    )
 
 
 def _seconds(text: str) -> float:
@@ -179,6 +194,43 @@ def _status(args: argparse.Namespace) -> int:
 def _change(args: argparse.Namespace) -> int:
     named = {"volume": args.volume} if getattr(args, "volume", None) else {}
     show_status(_result(args.socket, args.verb, **named), args.json)
+    return 0
+
+
+def _mount(args: argparse.Namespace) -> int:
+    """Have a volume mounted; ask for its passphrase if the daemon says that it needs one."""
+    given = _given_passphrase(args)
+    if given is not None:
+        return _mount_with(args, given)
+    try:
+        return _change(args)
+    except wire.RemoteError as exc:
+        if exc.remote_code != "passphrase-needed" or not passphrase.has_terminal():
+            raise
+    for left in reversed(range(_TRIES)):
+        typed = passphrase.asked_on_terminal(f"volume {args.volume}")
+        try:
+            return _mount_with(args, typed)
+        except wire.RemoteError as exc:
+            if exc.remote_code != "volume-passphrase" or not left:
+                raise
+            show_error("tdxctl", exc)
+    raise AssertionError
+
+
+def _given_passphrase(args: argparse.Namespace) -> bytes | None:
+    if args.passphrase_fd is not None and args.passphrase_file is not None:
+        raise UsageError("--passphrase-fd and --passphrase-file: give one of them")
+    if args.passphrase_fd is not None:
+        return passphrase.from_fd(args.passphrase_fd)
+    if args.passphrase_file is not None:
+        return passphrase.from_file(args.passphrase_file)
+    return None
+
+
+def _mount_with(args: argparse.Namespace, secret: bytes) -> int:
+    named: dict[str, object] = {"volume": args.volume, "passphrase": secret}
+    show_status(_result(args.socket, "mount", **named), args.json)
     return 0
 
 
@@ -299,7 +351,7 @@ def _doctor(args: argparse.Namespace) -> int:
 
 _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "status": _status,
-    "mount": _change,
+    "mount": _mount,
     "unmount": _change,
     "reload": _change,
     "reexec": _reexec,

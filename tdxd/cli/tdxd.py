@@ -160,8 +160,9 @@ def _check_handover(state_format: int) -> None:
 
     Raises: ReexecError.
     """
-    if state_format != handover.FORMAT:
-        text = f"it knows state of format {handover.FORMAT}, not {state_format}"
+    if state_format not in handover.READABLE:
+        known = ", ".join(map(str, handover.READABLE))
+        text = f"it knows state of format {known}, not {state_format}"
         raise ReexecError(text, hint="restart tdxd: systemctl restart tdxd")
 
 

@@ -12,13 +12,21 @@ import tomllib
 from collections.abc import Iterable
 from typing import Literal
 
+from tdxd.core.address import Address, parse_address
 from tdxd.core.decode import decode
+from tdxd.core.positive import check_positive
 from tdxd.core.qgs import parse_qgs_address
+from tdxd.core.serving_config import (
+    BatchingConfig,
+    ServedModelConfig,
+    ServingConfig,
+)
 from tdxd.core.volume_id import check_volume_id
 from tdxd.errors import ConfigError
 
 __all__ = [
     "Address",
+    "BatchingConfig",
     "Config",
     "ControlConfig",
     "HealthConfig",
@@ -26,6 +34,7 @@ __all__ = [
     "MapperConfig",
     "PlatformConfig",
     "SecurityConfig",
+    "ServedModelConfig",
     "ServingConfig",
     "VolumeConfig",
     "parse_address",
@@ -34,43 +43,6 @@ __all__ = [
 ]
 
 _SIGNING_KEY_PREFIX = "ed25519:"
-
-
-def _positive(record: object, *names: str) -> None:
-    for name in names:
-        value = getattr(record, name)
-        if not value > 0:
-            msg = f"{name} {value} is not greater than 0"
-            raise ValueError(msg)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Address:
-    """A TCP address: host (a name, or an address without brackets) and port 0-65535."""
-
-    host: str
-    port: int
-
-    def __str__(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{host}:{self.port}"
-
-
-def parse_address(text: str) -> Address:
-    """Parse `HOST:PORT` or `[IPv6]:PORT`.
-
-    Raises: ValueError, naming the text.
-    """
-    host, separator, port = text.rpartition(":")
-    bracketed = host.startswith("[") and host.endswith("]")
-    bare = host[1:-1] if bracketed else host
-    if not separator or not bare or (":" in bare) != bracketed:
-        msg = f"{text!r} is not HOST:PORT or [IPV6]:PORT"
-        raise ValueError(msg)
-    if not (port.isascii() and port.isdigit() and int(port) <= 65535):
-        msg = f"port {port!r} in {text!r} is not 0 to 65535"
-        raise ValueError(msg)
-    return Address(bare, int(port))
 
 
 def parse_signing_key(text: str) -> bytes:
@@ -119,7 +91,7 @@ class KeyReleaseConfig:
         if not self.accepted_signing_keys():
             msg = "signing_key is missing: without a pin no answer can be trusted"
             raise ValueError(msg)
-        _positive(self, "timeout_s", "backoff_max_s", "denied_retry_s")
+        check_positive(self, "timeout_s", "backoff_max_s", "denied_retry_s")
 
     def accepted_signing_keys(self) -> tuple[bytes, ...]:
         """Return the raw 32-byte keys, `signing_key` first."""
@@ -158,17 +130,35 @@ class PlatformConfig:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class VolumeConfig:
-    """One volume: `image` is a path or a glob; `required` decides readiness."""
+    """One volume: `image` is a path or a glob; `required` decides readiness.
+
+    `passphrase` says who brings that of a `luks2` volume; one that is `writable` is mounted for
+    writing, which only the mapper `dm` can.
+    """
 
     id: str
     image: str
     required: bool = True
+    kind: Literal["sealed", "luks2"] = "sealed"
+    passphrase: Literal["key-server", "operator"] = "key-server"  # noqa: S105 — no secret
+    writable: bool = False
 
     def __post_init__(self) -> None:
         check_volume_id(self.id)
+        if self.kind == "sealed" and self.by_operator:
+            msg = f"passphrase 'operator' is for kind 'luks2', {self.id} is sealed"
+            raise ValueError(msg)
+        if self.kind == "sealed" and self.writable:
+            msg = f"writable is for kind 'luks2', {self.id} is sealed"
+            raise ValueError(msg)
         if not self.image.startswith("/"):
             msg = f"image {self.image!r} is not an absolute path"
             raise ValueError(msg)
+
+    @property
+    def by_operator(self) -> bool:
+        """Whether an operator brings the passphrase."""
+        return self.passphrase == "operator"  # noqa: S105 — no secret
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,27 +174,7 @@ class MapperConfig:
     """Largest image that the `memory` mapper takes; it costs that much RAM."""
 
     def __post_init__(self) -> None:
-        _positive(self, "memory_limit_bytes")
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class ServingConfig:
-    """The model server and its TLS front. Absent from the config: nothing is served."""
-
-    command: str | None = None
-    """The model server; absent: `tensorflow_model_server` if installed, else the drop-in."""
-    listen: str = "[::]:8500"
-    tls_volume: str | None = None
-    """The volume whose `tls/server.pem` the front uses; may be left out if there is one."""
-    user: str = "tdxd-serve"
-    """Unprivileged user of the model server and the front (`nobody` for trying out)."""
-    ready_timeout_s: float = 300.0
-    drain_timeout_s: float = 10.0
-    haproxy: str = "haproxy"
-
-    def __post_init__(self) -> None:
-        parse_address(self.listen)
-        _positive(self, "ready_timeout_s", "drain_timeout_s")
+        check_positive(self, "memory_limit_bytes")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -257,6 +227,10 @@ class Config:
             if ids.count(name) > 1:
                 msg = f"volume id {name!r} stands twice"
                 raise ValueError(msg)
+        writable = [volume.id for volume in self.volume if volume.writable]
+        if writable and self.mapping.mapper == "memory":
+            msg = f"writable volume {writable[0]!r} needs mapping.mapper 'dm', not 'memory'"
+            raise ValueError(msg)
         tls = self.serving.tls_volume if self.serving else None
         if tls is not None and tls not in ids:
             msg = f"serving.tls_volume {tls!r} is no configured volume"

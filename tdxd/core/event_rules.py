@@ -30,6 +30,7 @@ from tdxd.core.runtime_rules import (
     KnownVolumes,
     RuntimeEventRule,
     RuntimeRules,
+    judge_expected,
     judge_runtime,
 )
 from tdxd.errors import EvidenceMalformedError
@@ -113,6 +114,7 @@ def appraise_logs(
         *judge_events(rules, events),
         _runtime_replay(later, report.rtmrs[3]),
         judge_runtime(runtime, later.places, known_volumes),
+        *judge_expected(runtime, later.places),
     ]
     if event_log:
         actual = (*report.rtmrs[:3], initial)

@@ -19,9 +19,9 @@ import re
 import struct
 from collections.abc import Iterable, Sequence
 
-from tdxd.core.foreign import AnyManifest
 from tdxd.core.decode import decode, encode_canonical, plain, strict_map
 from tdxd.core.eventlog import extend
+from tdxd.core.foreign import AnyManifest
 from tdxd.core.volume_id import check_volume_id
 from tdxd.errors import EvidenceMalformedError
 

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Mapping
 import trio
 
 from tdxd.errors import TdxdError
+from tdxd.guest.exchanges import Exchanges
 from tdxd.guest.leased import Leased
 from tdxd.guest.standstill import Standstill
 
@@ -33,6 +34,7 @@ class Attester:
     def __init__(self, fetch: FetchBundles, standstill: Standstill) -> None:
         self._fetch = fetch
         self._standstill = standstill
+        self.exchanges = Exchanges()
         self._work: trio.CancelScope | None = None
         self._waiting: dict[str, list[trio.MemorySendChannel[Leased | TdxdError]]] = {}
         self._asked = trio.Event()
@@ -85,12 +87,13 @@ class Attester:
     async def _exchange(
         self, batch: dict[str, list[trio.MemorySendChannel[Leased | TdxdError]]]
     ) -> None:
-        ids = tuple(sorted(batch))
+        ids, began_s = tuple(sorted(batch)), trio.current_time()
         answers: Bundles
         try:
             answers = await self._fetch(ids)
         except TdxdError as exc:
             answers = dict.fromkeys(ids, exc)
+        self.exchanges.add(answers.values(), trio.current_time() - began_s)
         for volume_id, asked in batch.items():
             if not asked:  # nobody waits any more: the key must not stay in memory
                 _forget(answers[volume_id])

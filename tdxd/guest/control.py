@@ -18,6 +18,8 @@ import trio
 
 from tdxd import __version__
 from tdxd.core import wire
+from tdxd.core.foreign import PASSPHRASE_MAX_BYTES
+from tdxd.core.secret import Secret
 from tdxd.errors import (
     NotAllowedError,
     ReexecError,
@@ -181,6 +183,16 @@ def _volume_id(args: dict[str, object]) -> str:
     return value
 
 
+def _passphrase(args: dict[str, object]) -> Secret | None:
+    """Take the passphrase out of a request: none of it is kept but in the result."""
+    value = args.pop("passphrase", None)
+    if value is None:
+        return None
+    if not isinstance(value, bytes) or not 1 <= len(value) <= PASSPHRASE_MAX_BYTES:
+        raise UsageError(f"a passphrase is 1 to {PASSPHRASE_MAX_BYTES} bytes")
+    return Secret(value)
+
+
 def _timeout_s(args: dict[str, object]) -> float:
     value = args.get("timeout_s")
     if value is None:
@@ -235,7 +247,8 @@ async def _events(daemon: Daemon, args: dict[str, object], more: More) -> Any:
 
 
 async def _mount(daemon: Daemon, args: dict[str, object], _more: More) -> Any:
-    await daemon.mount(_volume_id(args))
+    one = daemon.volume(_volume_id(args))  # named wrongly: nobody takes the passphrase
+    await daemon.mount(one.spec.id, _passphrase(args))
     return daemon.status()
 
 

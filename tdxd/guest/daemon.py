@@ -12,6 +12,7 @@ import trio
 from tdxd import __version__
 from tdxd.core.config import Config, VolumeConfig
 from tdxd.core.plan import VolumeState
+from tdxd.core.secret import Secret
 from tdxd.errors import MissingError, NotReadyError, ReexecError, UsageError
 from tdxd.guest import report
 from tdxd.guest.attest import Attester, Bundles
@@ -24,7 +25,7 @@ from tdxd.guest.runtime_record import RuntimeRecord
 from tdxd.guest.serving import ServingReconciler
 from tdxd.guest.standstill import Standstill
 from tdxd.guest.surroundings import Surroundings
-from tdxd.host import clock, images
+from tdxd.host import clock
 from tdxd.host.ports import Host
 
 __all__ = ["Daemon", "Successor"]
@@ -73,6 +74,7 @@ class Daemon:
         self.changes = Changes()
         self.standstill = Standstill()
         self.reexecs = 0
+        self.evidence = {"given": 0, "busy": 0, "failed": 0}  # answers to clients
         self._reexecuting = False
         self.started = clock.wall_clock()
         self.stopping = False
@@ -81,7 +83,7 @@ class Daemon:
         self._nursery = nursery
         self._fetch = fetch
         self._successor = successor
-        self._attester = Attester(self._fetch_bundles, self.standstill)
+        self.attester = Attester(self._fetch_bundles, self.standstill)
         self._volumes: list[VolumeReconciler] = []
         self.serving = ServingReconciler(
             host=host,
@@ -109,10 +111,9 @@ class Daemon:
         """
         if handed is not None:
             self._adopt(handed)
-        self._nursery.start_soon(self._attester.run)
+        self._nursery.start_soon(self.attester.run)
         self._nursery.start_soon(self._run_serving)
         self._add_new()
-        self._nursery.start_soon(self._add_missing)
 
     async def _fetch_bundles(self, ids: tuple[str, ...]) -> Bundles:
         """Ask under the config of now: a reload may have changed the servers."""
@@ -123,7 +124,10 @@ class Daemon:
         self._serving_done.set()
 
     def _add_new(self) -> None:
-        """Add each configured volume that has no reconciler; none any more when stopping."""
+        """Add each configured volume that has no reconciler; none any more when stopping.
+
+        One that must go first, to come back configured otherwise, is added once it is gone.
+        """
         if self.stopping:
             return
         have = {one.spec.id for one in self._volumes}
@@ -131,16 +135,11 @@ class Daemon:
             if spec.id not in have:
                 self._run(self._reconciler(spec))
 
-    async def _add_missing(self) -> None:
-        """Add what is configured anew, once those that must go are gone."""
-        await self.until(lambda: not any(one.leaving for one in self._volumes))
-        self._add_new()
-
     def _reconciler(self, spec: VolumeConfig) -> VolumeReconciler:
         around = Surroundings(
             host=self._host,
             release=self.config.key_release,
-            attester=self._attester,
+            attester=self.attester,
             record=self._record,
             standstill=self.standstill,
             changes=self.changes,
@@ -161,6 +160,7 @@ class Daemon:
     async def _run_volume(self, volume: VolumeReconciler) -> None:
         await volume.run()
         self._volumes.remove(volume)
+        self._add_new()
         self.changes.ring()
 
     def _served(self) -> tuple[ServedVolume, ...] | None:
@@ -170,7 +170,7 @@ class Daemon:
             one.closing and self.serving.uses(one.spec.id, one.generation)
             for one in self._volumes
         )
-        coming = any(one.wanted and not one.settled for one in self._volumes)
+        coming = any(one.awaited for one in self._volumes)
         if coming and not going:
             return None
         return tuple(
@@ -203,8 +203,9 @@ class Daemon:
     async def close(self) -> None:
         """Close whatever `stop` could not; never raises for what is already gone."""
         await self.serving.close()
-        for volume in self._volumes:
-            await volume.close()
+        async with trio.open_nursery() as nursery:
+            for volume in self._volumes:
+                nursery.start_soon(volume.close)
 
     def beats(self) -> list[float]:
         """Return when each reconciler last looked, on trio's clock."""
@@ -238,7 +239,9 @@ class Daemon:
 
     def settled(self) -> bool:
         """Say whether nothing is on its way."""
-        volumes = all(one.settled and not one.leaving for one in self._volumes)
+        volumes = all(
+            one.stalled or (one.settled and not one.leaving) for one in self._volumes
+        )
         return volumes and self.serving.settled
 
     async def until(self, condition: Callable[[], bool]) -> None:
@@ -264,22 +267,29 @@ class Daemon:
             f"no volume {volume_id!r}", hint=f"configured volumes: {known}"
         )
 
-    async def mount(self, volume_id: str) -> None:
+    async def mount(self, volume_id: str, passphrase: Secret | None = None) -> None:
         """Want a volume mounted until the next reload; return when it is, or rests.
+
+        The passphrase is for a foreign volume that an operator opens; it is wiped once tried, also
+        if it cannot be; the caller wipes it if there is no such volume.
 
         Raises: what keeps it from being mounted.
         """
         one = self.volume(volume_id)
-        if not images.candidates(one.spec.image):
-            text = f"volume {volume_id}: no file matches {one.spec.image}"
-            raise MissingError(text, hint="copy the image there")
+        if passphrase is not None:
+            one.offer(passphrase)
         one.want(mounted=True)
         one.retry_now()
-        await self.until(
-            lambda: one.mounted or one.failure is not None or not one.wanted
-        )
+
+        def at_rest() -> bool:
+            return one.mounted or one.failure is not None or not one.wanted
+
+        await self.until(lambda: at_rest() or one.absent)
         if one.failure is not None and not one.mounted:
             raise one.failure.error
+        if one.wanted and not one.mounted:
+            text = f"volume {volume_id}: no file matches {one.spec.image}"
+            raise MissingError(text, hint="copy the image there")
 
     async def unmount(self, volume_id: str) -> None:
         """Want a volume closed until the next reload; return when it is."""
@@ -310,7 +320,7 @@ class Daemon:
             one.retry_now()
         self.serving.retry_now()
         self.events.emit("config.reloaded", volumes=len(config.volume))
-        await self._add_missing()
+        self._add_new()
         await self._settle()
 
     async def _settle(self) -> None:
@@ -346,7 +356,7 @@ class Daemon:
             if self.stopping:
                 raise ReexecError("tdxd is stopping")
             self.standstill.freeze()
-            self._attester.give_up()
+            self.attester.give_up()
             for one in self._volumes:
                 one.give_up()
             await self.standstill.reached(_STANDSTILL_S)

@@ -29,11 +29,15 @@ class Events:
             maxlen=_KEPT
         )
         self.count = 0
+        self.by_kind: collections.Counter[tuple[str, str, str]] = collections.Counter()
+        """Since this program runs, by event, volume and error code: "" is none."""
         self.heard = Changes()
 
     def emit(self, event: str, *, level: str = "info", **fields: object) -> None:
         """Log an event and keep it."""
         self.count += 1
+        volume, code = fields.get("volume"), fields.get("code")
+        self.by_kind[event, str(volume or ""), str(code or "")] += 1
         shown = {key: value for key, value in fields.items() if value not in (None, "")}
         item: dict[str, object] = {
             "seq": self.count,
@@ -45,6 +49,12 @@ class Events:
         self._kept.append(item)
         self._write(item)
         self.heard.ring()
+
+    def log(self, event: str, **fields: object) -> None:
+        """Log an event that nobody waits for, and do not keep it."""
+        shown = {key: value for key, value in fields.items() if value not in (None, "")}
+        head = {"time": wall_clock(), "level": "info", "event": event}
+        self._write({**head, **shown})
 
     def hand_over(self) -> HandedEvents:
         """Return the count and the kept events, for the program after this one."""

@@ -8,6 +8,7 @@ from tdxd.core import plan
 from tdxd.core.plan import Failure
 from tdxd.errors import Retry, TdxdError
 from tdxd.guest.events import Events
+from tdxd.guest.last_error import LastError
 from tdxd.host import clock
 
 __all__ = ["Failures", "error_fields"]
@@ -29,6 +30,8 @@ class Failures:
         **fields: str,
     ) -> None:
         self.last: Failure | None = None
+        self.told: LastError | None = None
+        """What the last one said, also once it is forgotten."""
         self._backoff_max_s, self._slow_s = backoff_max_s, slow_s
         self._events, self._event, self._fields = events, event, fields
 
@@ -47,6 +50,7 @@ class Failures:
         """
         error.__traceback__ = error.__cause__ = error.__context__ = None
         attempts = self.last.attempts + 1 if self.last else 1
+        self.told = LastError.of(error)
         now_s = trio.current_time()
         pause_s = self._pause_s(error, attempts, at_once=at_once)
         if left_s is not None:

@@ -3,10 +3,11 @@
 Plain values and descriptor numbers: nothing in it is secret, keys are not among it. It lives in
 memory, between two programs of one process, and is no state file.
 
-`FORMAT` must change when a field changes its meaning, goes, or comes without a default; the same
-holds for the records from elsewhere in it (`VolumeConfig`, `MappedVolume` with its `Manifest`,
-`Lease`, `HandedChild`, `Model`). A field named `fd` or `…_fd` is a descriptor that stays open,
--1 is none.
+`FORMAT` must change when a field comes, goes or changes its meaning; the same holds for the
+records from elsewhere in it (`VolumeConfig`, `MappedVolume` with its manifest, `Lease`,
+`LastError`, `HandedChild`, `Model`): so no program is handed what it does not know. Where all that
+came has a default the older format stays in `READABLE`, and an upgrade closes nothing. A field
+named `fd` or `…_fd` is a descriptor that stays open, -1 is none.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ from tdxd.core.config import VolumeConfig
 from tdxd.core.decode import decode, plain, strict_map
 from tdxd.core.plan import Failure, ServingState, VolumeState
 from tdxd.errors import DataError, Retry, TdxdError
+from tdxd.guest.last_error import LastError
 from tdxd.guest.leased import Lease
 from tdxd.host.content import Model
 from tdxd.host.ports import HandedChild, MappedVolume
 
 __all__ = [
     "FORMAT",
+    "READABLE",
     "HandedDaemon",
     "HandedEvents",
     "HandedFailure",
@@ -42,7 +45,9 @@ __all__ = [
     "encode_state",
 ]
 
-FORMAT: Final = 2
+FORMAT: Final = 3
+READABLE: Final = (2, 3)
+"""2 knew no foreign volumes."""
 _MAX_BYTES = 64 * 2**20
 _SOURCE = "handed over state"
 
@@ -135,6 +140,8 @@ class HandedVolume:
     mapped: MappedVolume | None
     lease: Lease | None
     failure: HandedFailure | None
+    read_before: int = 0
+    last_error: LastError | None = None
 
     def __post_init__(self) -> None:
         VolumeState(self.state)
@@ -166,6 +173,7 @@ class HandedFront:
     child: HandedChild
     admin_path: str
     lines: tuple[str, ...]
+    served_key: bytes = b""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,6 +187,7 @@ class HandedServing:
     servers: tuple[HandedServer, ...]
     front: HandedFront | None
     listener: HandedListener | None
+    rest_listener: HandedListener | None = None
 
     def __post_init__(self) -> None:
         ServingState(self.state)
@@ -226,12 +235,13 @@ class State:
     volumes: state of another one, or of another runtime directory, cannot be adopted.
     """
 
-    format: Literal[2] = FORMAT
+    format: Literal[2, 3] = FORMAT
     runtime_dir: str
     mount_namespace: int
     mapper: str
     control: HandedListener | None
     health: HandedListener | None
+    evidence: HandedListener | None = None
     daemon: HandedDaemon
 
 
@@ -256,8 +266,9 @@ def decode_state(data: bytes) -> State:
     """
     value = strict_map(data, source=_SOURCE, max_bytes=_MAX_BYTES)
     found = value.get("format") if isinstance(value, dict) else None
-    if found != FORMAT:
-        raise DataError(f"{_SOURCE}: format {found!r}, this program knows {FORMAT}")
+    if found not in READABLE:
+        known = ", ".join(map(str, READABLE))
+        raise DataError(f"{_SOURCE}: format {found!r}, this program knows {known}")
     return decode(State, value, source=_SOURCE, error=DataError)
 
 

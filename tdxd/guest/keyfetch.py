@@ -14,8 +14,8 @@ import trio
 
 from tdxd.core import hpke
 from tdxd.core import keyrelease as protocol
-from tdxd.core.bundle import KeyBundle
 from tdxd.core.config import Address, KeyReleaseConfig, parse_address
+from tdxd.core.foreign import AnyBundle, parse_any_bundle
 from tdxd.core.secret import Secret
 from tdxd.errors import (
     BadBundleError,
@@ -213,15 +213,15 @@ class _Exchange:
 
 def _bundles(
     released: protocol.Released, signed: protocol.VerdictFields, what: str
-) -> list[KeyBundle]:
+) -> list[AnyBundle]:
     """Read the bundles of one verdict: the first is its generation's, the others older and older.
 
     Raises: BadBundleError; then all that were read are wiped.
     """
-    made: list[KeyBundle] = []
+    made: list[AnyBundle] = []
     try:
         for data in (released.bundle, *released.older):
-            bundle = KeyBundle.parse(data, source=what, error=BadBundleError)
+            bundle = parse_any_bundle(data, source=what, error=BadBundleError)
             made.append(bundle)
             found = (bundle.manifest.volume_id, bundle.manifest.generation)
             fits = found[1] == signed.generation

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import trio
 
-from tdxd.core.bundle import Manifest
+from tdxd.core.foreign import AnyManifest
 from tdxd.core.plan import Failure, LeaseSeen
 from tdxd.errors import DeniedError, KeyReleaseError, Retry, TdxdError
 from tdxd.guest.leased import Lease, Leased
@@ -105,14 +105,14 @@ class VolumeLease:
         if self.failure is not None and self.failure.error.retry is Retry.BACKOFF:
             self._failures.forget()
 
-    def start_renewal(self, nursery: trio.Nursery, manifest: Manifest) -> None:
+    def start_renewal(self, nursery: trio.Nursery, manifest: AnyManifest) -> None:
         """Begin to ask for another lease of what is open; a failure is tried again in time."""
         if self._lease is not None and self._work is None:
             self._work = trio.CancelScope()
             nursery.start_soon(self._renew, self._lease, manifest, self._work)
 
     async def _renew(
-        self, lease: Lease, manifest: Manifest, work: trio.CancelScope
+        self, lease: Lease, manifest: AnyManifest, work: trio.CancelScope
     ) -> None:
         with work:
             try:
@@ -136,7 +136,7 @@ class VolumeLease:
             "lease.renewed", volume=self._volume_id, lease_s=leased.lease_s
         )
 
-    def _same(self, leased: Leased, manifest: Manifest) -> None:
+    def _same(self, leased: Leased, manifest: AnyManifest) -> None:
         """Check that what is open is among what may be served.
 
         Raises: KeyReleaseError.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from tdxd.core.bundle import KeyBundle
+from tdxd.core.foreign import AnyBundle
 from tdxd.host import clock
 
 __all__ = ["Lease", "Leased"]
@@ -25,13 +25,13 @@ class Leased:
     `sent_s` is when the request was sent (CLOCK_BOOTTIME).
     """
 
-    bundle: KeyBundle
+    bundle: AnyBundle
     lease_s: int = 0
     sent_s: float = 0.0
-    older: tuple[KeyBundle, ...] = ()
+    older: tuple[AnyBundle, ...] = ()
 
     @property
-    def bundles(self) -> tuple[KeyBundle, ...]:
+    def bundles(self) -> tuple[AnyBundle, ...]:
         """All of them, the newest first."""
         return (self.bundle, *self.older)
 

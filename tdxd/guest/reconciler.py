@@ -6,39 +6,36 @@ Whatever an action raises becomes the volume's failure, which the plan reads nex
 
 from __future__ import annotations
 
-import contextlib
-import os
-import threading
+import math
 from collections.abc import Callable
-from typing import TypeVar
 
 import trio
 
 from tdxd.core import plan
-from tdxd.core.bundle import KeyBundle
 from tdxd.core.config import VolumeConfig
 from tdxd.core.plan import Failure, VolumePlan, VolumeSeen, VolumeState
-from tdxd.errors import IntegrityError, Retry, TdxdError
+from tdxd.core.secret import Secret
+from tdxd.errors import IntegrityError, PassphraseNeededError, Retry, TdxdError
+from tdxd.guest import opening
 from tdxd.guest.failures import error_fields
 from tdxd.guest.handover import HandedFailure, HandedVolume
+from tdxd.guest.last_error import LastError
 from tdxd.guest.lease import VolumeLease
-from tdxd.guest.opening import is_open, map_first
 from tdxd.guest.surroundings import Surroundings
-from tdxd.host import clock, images
+from tdxd.guest.volume_device import VolumeDevice
+from tdxd.host import clock
 from tdxd.host.attempts import LONGEST_QUOTE_S
 from tdxd.host.ports import MappedVolume
 
 __all__ = ["VolumeReconciler"]
-
-T = TypeVar("T")
 
 _POLL_S = 2.0
 """How often the world is looked at without being told of a change."""
 _CLOSE_RETRY_S = 1.0
 _LASTING = (Retry.OPERATOR, Retry.SLOW)
 """Failures that another program of ours would meet, too."""
-_SLOWEST_BYTES_PER_S = 10e6
-"""A disk slower than this while mapping counts as hanging."""
+_OPTIONAL_S = 30.0
+"""How long serving waits for an optional volume on its way."""
 
 
 class VolumeReconciler:
@@ -57,43 +54,54 @@ class VolumeReconciler:
         """Whether `run` ends once nothing is open."""
         self.state = VolumeState.ABSENT
         self.since = clock.wall_clock()
-        self.mapped: MappedVolume | None = None
-        self.image: str | None = None
         self.lease = VolumeLease(spec.id, around)
         self.beat_s = trio.current_time()
         self._host, self._release = around.host, around.release
         self._attester, self._record = around.attester, around.record
         self._changes, self._events = around.changes, around.events
         self._standstill, self._nursery = around.standstill, around.nursery
-        self._directory = around.directory
         self._failures = around.failures("volume.failed", spec.id)
         self._in_use = in_use
-        self._bundles: tuple[KeyBundle, ...] = ()
+        self.device = VolumeDevice(spec, around)
+        self._asked = 1
+        """How often something was asked of it; it rests once it has looked after that."""
+        self._rested_s = self.beat_s
         self._stuck_until_s: float | None = None
         self._network_news = False
         """Whether a network came up since the last attempt began."""
-        self._stop_work = threading.Event()
         self._work: trio.CancelScope | None = None
-        self._doubted = False
-        """Whether what was handed over is not what was mapped: it is closed, then opened anew."""
 
     # --- what others see and ask ---
 
     @property
     def failure(self) -> Failure | None:
-        """The last failure, until the volume is open or it is forgotten."""
-        return self._failures.last
+        """What takes too long now; else the last failure, until it is open or forgotten."""
+        return self.device.stalled or self._failures.last
+
+    @property
+    def last_error(self) -> LastError | None:
+        """The last error there was, also after it has passed."""
+        return self._failures.told
+
+    @property
+    def mapped(self) -> MappedVolume | None:
+        """What is open."""
+        return self.device.mapped
+
+    @property
+    def image(self) -> str | None:
+        """The file that was opened last."""
+        return self.device.image
 
     @property
     def generation(self) -> int | None:
         """The generation that is open, or `None` while no key has told it."""
-        opened = self._bundles[0] if self._bundles else self.mapped
-        return opened.manifest.generation if opened else None
+        return self.device.generation
 
     @property
     def mount_point(self) -> str:
         """Where this generation is, or would be, mounted."""
-        return os.path.join(self._directory, f"{self.spec.id}@{self.generation or 0}")
+        return self.device.mount_point
 
     @property
     def mounted(self) -> bool:
@@ -108,10 +116,32 @@ class VolumeReconciler:
     def settled(self) -> bool:
         """Whether it rests: reached what is wanted, or waits for time or for somebody.
 
-        Planned anew, so that it is true of what is wanted and seen now, not of the last look.
+        Planned anew, so that it is true of what is wanted now, of which it has taken a look.
+        What does not go on counts as resting, since nobody can say when it will.
         """
+        if self.stalled:
+            return True
         step = self._plan(trio.current_time())
-        return isinstance(step.action, plan.Wait) and not self.closing
+        waits = isinstance(step.action, plan.Wait) and not self.closing
+        return waits and self.device.looked == self._asked
+
+    @property
+    def stalled(self) -> bool:
+        """Whether something of it takes longer than it may."""
+        return self.device.stalled is not None
+
+    @property
+    def absent(self) -> bool:
+        """Whether it is known that there is no file to open."""
+        step = self._plan(trio.current_time())
+        return self.device.looked == self._asked and step.state is VolumeState.ABSENT
+
+    @property
+    def awaited(self) -> bool:
+        """Whether serving waits for it: for one that is not required only for a while."""
+        if not self.wanted or self.settled:
+            return False
+        return self.spec.required or trio.current_time() < self._rested_s + _OPTIONAL_S
 
     @property
     def closing(self) -> bool:
@@ -127,13 +157,22 @@ class VolumeReconciler:
         """Set what is wanted; an exchange or a mapping under way is given up if not."""
         self.wanted = mounted and not leave
         self.leaving = self.leaving or leave
+        self._asked += 1
         if not self.wanted:
             self.give_up()
         self._changes.ring()
 
+    def offer(self, passphrase: Secret) -> None:
+        """Take an operator's passphrase; it is wiped once it was tried, or if it is not used.
+
+        Raises: UsageError for a volume that is not opened so, BusyError while another is tried.
+        """
+        self.device.offer(passphrase)
+        self._changes.ring()
+
     def give_up(self) -> None:
         """Call an exchange or a mapping under way off."""
-        self._stop_work.set()
+        self.device.give_up()
         self.lease.give_up()
         if self._work is not None:
             self._work.cancel()
@@ -143,13 +182,15 @@ class VolumeReconciler:
         self._failures.forget()
         self.lease.retry_now()
         self._stuck_until_s = None
+        self._asked += 1
         self._changes.ring()
 
     def network_came_up(self) -> None:
         """Try again at once what a network mends: the last failure, or the attempt under way."""
         self._network_news = True
         self.lease.network_came_up()
-        if self.failure is not None and self.failure.error.retry is Retry.BACKOFF:
+        failure = self._failures.last
+        if failure is not None and failure.error.retry is Retry.BACKOFF:
             self._failures.forget()
         self._changes.ring()
 
@@ -159,15 +200,21 @@ class VolumeReconciler:
         """Observe, plan, act, until `leaving` and nothing is open."""
         while True:
             await self._standstill.passage()
-            count, now_s = self._changes.count, trio.current_time()
-            self.beat_s = now_s
+            count = self._changes.count
+            self.beat_s = math.inf  # a directory that hangs is not the watchdog's
+            await self.device.look(self._asked)
+            if self._standstill.frozen:
+                continue
+            self.beat_s = now_s = trio.current_time()
             step = self._plan(now_s)
             self._show(step.state)
             if not isinstance(step.action, plan.Wait):
                 self.beat_s = now_s + self._allowance_s(step.action)
                 with self._standstill.running(f"volume {self.spec.id}"):
                     await self._act(step)
+                self._show(self._plan(trio.current_time()).state)
                 continue
+            self._rested_s = now_s
             if self.leaving and step.state is VolumeState.ABSENT:
                 return
             limit_s = now_s + _POLL_S
@@ -178,48 +225,48 @@ class VolumeReconciler:
         return plan.plan_volume(wanted=self.wanted, seen=self._observe(), now_s=now_s)
 
     def _allowance_s(self, action: plan.VolumeAction) -> float:
-        """Return how long an action may take before the watchdog must doubt this loop."""
+        """Return how long an action may take before the watchdog must doubt this loop.
+
+        What the volume's own thread does holds up nobody else, so it is not the watchdog's.
+        """
         match action:
             case plan.Attest():  # an exchange that others began, then its own
                 one_s = self._release.timeout_s + LONGEST_QUOTE_S
                 return 2 * one_s * len(self._release.servers)
-            case plan.Record():  # RTMR3 rests while a quote is made
+            case (
+                plan.Record() | plan.AskOperator()
+            ):  # RTMR3 rests while a quote is made
                 return LONGEST_QUOTE_S
-            case plan.Map():
-                size_bytes = sum(one.manifest.image_bytes for one in self._bundles)
-                return size_bytes / _SLOWEST_BYTES_PER_S
+            case plan.Map() | plan.Mount() | plan.Unmount() | plan.Unmap():
+                return math.inf
         return 0.0
 
     def _observe(self) -> VolumeSeen:
-        files = images.candidates(self.spec.image)
-        intact = self.mapped is None or self._host.mapper.intact(self.mapped)
-        if not intact and not self._failed_integrity():
-            error = IntegrityError(
-                f"volume {self.spec.id}: the image changed after it was opened",
-                hint="replace the image file, or: tdxctl retry " + self.spec.id,
-            )
-            self._failures.add(error, image_tag=images.tag_of(files))
+        device = self.device
+        if not device.intact and not self._failed_integrity():
+            error = opening.lost_error(self.spec)
+            self._failures.add(error, image_tag=device.image_tag)
         expired = self.lease.newly_expired()
         if expired is not None:
-            self._failures.add(expired, image_tag=images.tag_of(files))
+            self._failures.add(expired, image_tag=device.image_tag)
         return VolumeSeen(
-            image_tag=images.tag_of(files),
-            keyed=bool(self._bundles),
-            mapped=self.mapped is not None,
-            mounted=self.mount_point in self._host.mounts.under(self._directory),
-            recorded=self.mapped is not None
-            and self._record.shows(self.mapped.manifest),
-            intact=intact and not self._doubted,
+            image_tag=device.image_tag,
+            by_operator=self.spec.by_operator,
+            keyed=bool(device.bundles),
+            mapped=device.mapped is not None,
+            mounted=device.mounted,
+            recorded=device.mapped is not None
+            and self._record.shows(device.mapped.manifest),
+            intact=device.intact and not device.doubted,
             in_use=self._in_use(self),
-            failure=self.failure,
+            failure=self._failures.last,
             stuck_until_s=self._stuck_until_s,
             lease=self.lease.seen(trio.current_time()),
         )
 
     def _failed_integrity(self) -> bool:
-        return self.failure is not None and isinstance(
-            self.failure.error, IntegrityError
-        )
+        last = self._failures.last
+        return last is not None and isinstance(last.error, IntegrityError)
 
     def _show(self, state: VolumeState) -> None:
         if state is self.state:
@@ -234,7 +281,7 @@ class VolumeReconciler:
 
     async def _act(self, step: VolumePlan) -> None:
         closing = step.state is VolumeState.CLOSING
-        tag = images.tag_of(images.candidates(self.spec.image))
+        tag = self.device.image_tag
         try:
             await self._do(step.action)
         except TdxdError as exc:
@@ -251,7 +298,7 @@ class VolumeReconciler:
                 self._failures.add(exc, image_tag=tag, at_once=news)
         else:
             self._stuck_until_s = None
-        if self.mapped is None and not self._bundles:
+        if self.mapped is None and not self.device.bundles:
             self.lease.end()
         self._changes.ring()
 
@@ -259,10 +306,12 @@ class VolumeReconciler:
         match action:
             case plan.Attest():
                 await self._attest()
+            case plan.AskOperator():
+                await self._ask_operator()
             case plan.Map():
-                await self._map()
+                await self.device.map()
             case plan.Mount():
-                await self._mount()
+                await self.device.mount()
             case plan.Record():
                 assert self.mapped is not None
                 await self._record.add(self.mapped.manifest)
@@ -270,70 +319,39 @@ class VolumeReconciler:
                 assert self.mapped is not None
                 self.lease.start_renewal(self._nursery, self.mapped.manifest)
             case plan.Unmount():
-                await self._blocking(
-                    lambda: self._host.mounts.unmount(self.mount_point)
-                )
+                await self.device.unmount()
             case plan.Unmap():
-                await self._unmap()
+                await self.device.unmap()
             case plan.ForgetKey():
-                self._forget_key()
+                self.device.forget_keys()
 
     # --- the actions ---
 
     async def _attest(self) -> None:
         """Get the key, unless it is known beforehand that the volume could not serve then."""
         self._network_news = False
+        opening.check_mapper(self.spec, self._host.mapper)
         with trio.CancelScope() as self._work:
             await self._record.check()
             leased = await self._attester.bundle(self.spec.id)
-            self._bundles = leased.bundles
+            self.device.take(leased.bundles)
             self.lease.begin(leased)
         self._work = None
 
-    async def _map(self) -> None:
-        """Open the candidate that a manifest matches; the keys are wiped either way."""
-        bundles = self._bundles
-        self._stop_work.clear()
-        try:
-            self.mapped, self.image = await self._blocking(
-                lambda: map_first(
-                    self._host.mapper,
-                    self.spec,
-                    bundles,
-                    cancelled=self._stop_work.is_set,
-                )
-            )
-        finally:
-            self._forget_key()
-
-    async def _mount(self) -> None:
-        mapped = self.mapped
-        assert mapped is not None
-        await self._blocking(
-            lambda: self._host.mounts.mount_volume(mapped, self.mount_point)
-        )
-
-    async def _unmap(self) -> None:
-        mapped = self.mapped
-        assert mapped is not None
-        await self._blocking(lambda: self._host.mapper.unmap(mapped))
-        self.mapped, self._doubted = None, False
-
-    def _forget_key(self) -> None:
-        for one in self._bundles:
-            one.secret.wipe()
-        self._bundles = ()
-
-    async def _blocking(self, work: Callable[[], T]) -> T:
-        """Run a call that can take long in a thread; it is never abandoned."""
-        return await trio.to_thread.run_sync(work)
+    async def _ask_operator(self) -> None:
+        """Fail, for only an operator can help, unless one has come while RTMR3 was looked at."""
+        opening.check_mapper(self.spec, self._host.mapper)
+        await self._record.check()
+        if not self.device.bundles:
+            text = f"volume {self.spec.id}: its passphrase must come from an operator"
+            raise PassphraseNeededError(text, hint=opening.operator_hint(self.spec))
 
     # --- over an exec ---
 
     def hand_over(self) -> HandedVolume:
         """Return what the program after this one needs; the key is wiped, not handed over."""
-        self._forget_key()
-        failure = self.failure
+        self.device.forget_keys()
+        failure = self._failures.last
         if failure is not None and failure.error.retry not in _LASTING:
             failure = None
         now_s = trio.current_time()
@@ -347,15 +365,17 @@ class VolumeReconciler:
             mapped=self.mapped,
             lease=self.lease.hand_over() if self.mapped else None,
             failure=HandedFailure.of(failure, now_s) if failure else None,
+            read_before=self.device.read_before,
+            last_error=self.last_error,
         )
 
     def adopt(self, handed: HandedVolume) -> None:
         """Go on with what the program before this one opened; call it before `run`."""
         self.wanted, self.leaving = handed.wanted, handed.leaving
-        self.mapped, self.image = handed.mapped, handed.image
+        self.device.adopt(handed)
         self.lease.adopt(handed.lease)
-        self._doubted = handed.mapped is not None and not is_open(handed.mapped)
-        if self._doubted:
+        self._failures.told = handed.last_error
+        if self.device.doubted:
             self._events.emit(
                 "volume.not_adopted", level="warning", volume=self.spec.id
             )
@@ -365,12 +385,5 @@ class VolumeReconciler:
             self._failures.last = handed.failure.failure(trio.current_time())
 
     async def close(self) -> None:
-        """Close everything, whatever the state; for the daemon's last clean-up."""
-        self._stop_work.set()
-        self._forget_key()
-        with contextlib.suppress(TdxdError):
-            self._host.mounts.unmount(self.mount_point)
-        if self.mapped is not None:
-            with contextlib.suppress(TdxdError):
-                self._host.mapper.unmap(self.mapped)
-            self.mapped = None
+        """Close everything, whatever the state, within a time; for the last clean-up."""
+        await self.device.close()

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import trio
 
 from tdxd import __version__
+from tdxd.core.bundle import Manifest
 from tdxd.core.config import Config
+from tdxd.core.foreign import ForeignManifest
 from tdxd.core.plan import Failure, ServingState, VolumeState
 from tdxd.errors import EX_NOPERM, EX_TEMPFAIL, EX_UNAVAILABLE, Retry
+from tdxd.guest import isolation
 from tdxd.guest.config_files import LoadedConfig
 from tdxd.guest.reconciler import VolumeReconciler
 from tdxd.guest.runtime_record import RuntimeRecord
 from tdxd.guest.serving import ServingReconciler
+from tdxd.host.ports import MappedVolume
 
 __all__ = ["failing", "failure_exit_code", "readiness", "status"]
 
@@ -58,6 +63,12 @@ def readiness(
         for one in volumes
         if one.spec.required and not one.leaving and not one.mounted
     ]
+    there = {one.spec.id for one in volumes if not one.leaving}
+    reasons += [
+        f"volume {spec.id} is closing"  # to be opened as it is configured now
+        for spec in config.volume
+        if spec.required and spec.id not in there
+    ]
     if config.serving is not None and serving.state is not ServingState.READY:
         reasons.append(f"serving is {serving.state.value}")
     return not reasons, reasons
@@ -89,31 +100,57 @@ def failure_exit_code(
 
 
 def _volume(one: VolumeReconciler) -> dict[str, Any]:
-    mapped, left_s = one.mapped, one.lease.left_s
+    mapped, left_s, told = one.mapped, one.lease.left_s, one.last_error
     shown: dict[str, Any] = {
         "id": one.spec.id,
         "state": one.state.value,
         "since": one.since,
         "required": one.spec.required,
         "wanted": one.wanted,
+        "kind": one.spec.kind,
         "generation": one.generation,
-        "kind": "sealed",
         "image": one.image or one.spec.image,
         "mapper": mapped.mapper if mapped else None,
-        "integrity": None,
-        "size_bytes": mapped.manifest.payload_bytes if mapped else None,
+        "integrity": _integrity(mapped),
+        "header": _header(mapped),
+        "writable": mapped.writable if mapped else one.spec.writable,
+        "size_bytes": _size_bytes(mapped),
+        "bytes_read": one.device.bytes_read,
         "device": mapped.device if mapped else None,
         "lease_left_s": None if left_s is None else round(left_s, 1),
         "lease_error": _failure(one.lease.failure),
         "error": _failure(one.failure),
+        "last_error": dataclasses.asdict(told) if told else None,
     }
-    if mapped is not None:
-        shown["integrity"] = "dm-verity" if mapped.mapper == "dm" else "verified"
-    if one.wanted and one.state is VolumeState.ABSENT:
+    if one.wanted and one.absent:
         text = f"no file matches {one.spec.image}"
         hint = "copy the image there; it is opened by itself"
         shown["error"] = {"code": "volume-missing", "message": text, "hint": hint}
     return shown
+
+
+def _header(mapped: MappedVolume | None) -> str | None:
+    """Say whether the image's header is the very one that the owner knows; foreign volumes only."""
+    if mapped is None or not isinstance(mapped.manifest, ForeignManifest):
+        return None
+    return "pinned" if mapped.manifest.header_sha256 else "any"
+
+
+def _integrity(mapped: MappedVolume | None) -> str | None:
+    """Say what stands against a change of the image: nothing, for a foreign volume."""
+    if mapped is None:
+        return None
+    if isinstance(mapped.manifest, ForeignManifest):
+        return "none"
+    return "dm-verity" if mapped.mapper == "dm" else "verified"
+
+
+def _size_bytes(mapped: MappedVolume | None) -> int | None:
+    if mapped is None:
+        return None
+    if not mapped.payload_bytes and isinstance(mapped.manifest, Manifest):
+        return mapped.manifest.payload_bytes  # an older program opened it
+    return mapped.payload_bytes
 
 
 def _serving(config: Config, serving: ServingReconciler) -> dict[str, Any]:
@@ -140,6 +177,10 @@ def _serving(config: Config, serving: ServingReconciler) -> dict[str, Any]:
         "front_pid": front.child.pid if front else None,
         "servers": servers,
         "restarts": serving.restarts,
+        "rest_listen": config.serving.rest_listen if config.serving else None,
+        "isolation": isolation.shown(config.serving, serving.limits_problem)
+        if config.serving
+        else None,
         "error": None if steady else _failure(serving.failure),
     }
 

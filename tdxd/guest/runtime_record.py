@@ -15,8 +15,8 @@ from typing import Any
 
 import trio
 
-from tdxd.core.bundle import Manifest
 from tdxd.core.config import PlatformConfig
+from tdxd.core.foreign import AnyManifest
 from tdxd.core.runtime_log import RuntimeEvent, volume_event
 from tdxd.core.runtime_record import RuntimeHistory, parse_history
 from tdxd.errors import HostError, RecordError, TdxdError
@@ -29,7 +29,7 @@ __all__ = ["RuntimeRecord"]
 
 
 @functools.lru_cache(maxsize=64)
-def _event(manifest: Manifest) -> RuntimeEvent:
+def _event(manifest: AnyManifest) -> RuntimeEvent:
     return volume_event(manifest)
 
 
@@ -65,7 +65,7 @@ class RuntimeRecord:
 
     # --- what others see and ask ---
 
-    def shows(self, manifest: Manifest) -> bool:
+    def shows(self, manifest: AnyManifest) -> bool:
         """Say whether RTMR3 shows that this volume is served, or need not."""
         event = _event(manifest)
         return (
@@ -81,7 +81,7 @@ class RuntimeRecord:
             async with self._lock:
                 await trio.to_thread.run_sync(self._rtmr.check)
 
-    async def add(self, manifest: Manifest) -> None:
+    async def add(self, manifest: AnyManifest) -> None:
         """Extend RTMR3 with a volume, once in each boot; harmless when repeated.
 
         Raises: HostError, RecordError, if the configuration requires it.

@@ -16,7 +16,10 @@ import trio
 from tdxd.errors import ReexecError
 from tdxd.guest.changes import Changes
 
-__all__ = ["Standstill", "serve"]
+__all__ = ["SILENT_S", "Standstill", "serve"]
+
+SILENT_S = 30.0
+"""A reconciler that has not looked for this long hangs, unless an action is under way."""
 
 
 class Standstill:

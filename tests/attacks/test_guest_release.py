@@ -335,7 +335,8 @@ def test_no_decision_of_the_guest_reads_the_time_of_day() -> None:
         for line in path.read_text().splitlines():
             if "wall_clock()" in line:
                 uses.add(line.strip())
-    texts = ("since", "started", '"time"')  # shown by status and events, read by nobody
+    # Shown by status and events, read by nobody.
+    texts = ("since", "started", '"time"', "time=")
     assert uses
     assert all(any(text in line for text in texts) for line in uses), uses
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from tdxd.cli import status_tables
@@ -49,3 +51,48 @@ def test_what_keeps_quotes_from_showing_what_is_served(capsys):
 )
 def test_a_lease_in_its_largest_unit(left_s, shown):
     assert status_tables._span(left_s) == shown
+
+
+VOLUME = {
+    "id": "digits",
+    "kind": "luks2",
+    "writable": True,
+    "state": "mounted",
+    "since": "2026-11-25T16:50:30.123+00:00",
+    "generation": 1,
+    "integrity": "none",
+    "header": "pinned",
+    "mapper": "dm",
+    "size_bytes": 8 * 2**20,
+    "bytes_read": 3 * 2**10,
+    "image": "/srv/digits.img",
+    "lease_left_s": None,
+    "lease_error": None,
+    "error": None,
+    "last_error": {
+        "time": "2026-11-25T16:49:00.001+00:00",
+        "code": "volume-passphrase",
+        "message": "no keyslot opens",
+        "hint": "type it again",
+    },
+}
+
+
+def test_a_volume_and_its_last_error(capsys):
+    status_tables._show_volumes([VOLUME])
+    titles, row, *below = capsys.readouterr().out.splitlines()
+    assert titles.split()[:6] == ["VOLUME", "KIND", "STATE", "SINCE", "GEN", "LEASE"]
+    assert titles.split()[6:] == ["INTEGRITY", "MAPPER", "SIZE", "READ", "IMAGE"]
+    cells = [*("digits", "luks2 rw", "mounted", "2026-11-25 16:50:30", "1", "-")]
+    cells += ["none (pinned header)", "dm", "8.0 MiB", "3.0 KiB", "/srv/digits.img"]
+    assert re.split(r" {2,}", row) == cells
+    assert below == [
+        "volume digits, last error at 2026-11-25 16:49:00: no keyslot opens",
+        "  hint: type it again",
+    ]
+
+
+def test_an_error_of_now_hides_the_last_one(capsys):
+    error = {"message": "no route", "hint": ""}
+    status_tables._show_volumes([{**VOLUME, "error": error}])
+    assert capsys.readouterr().out.splitlines()[2:] == ["volume digits: no route"]

@@ -24,6 +24,7 @@ from tdxd.core.event_rules import (
     reference_log,
 )
 from tdxd.core.eventlog import Event, encode_event_log, parse_event_log
+from tdxd.core.foreign import ForeignManifest
 from tdxd.core.policy import RtmrSet
 from tdxd.core.quote import TdReport, parse_quote
 from tdxd.core.runtime_log import (
@@ -362,6 +363,71 @@ def test_volumes_that_a_guest_may_serve_already() -> None:
     assert runtime_problem(RuntimeRules(), SERVED, other) == (
         "runtime event 1: volume resnet generation 3 has a manifest that is not in the store"
     )
+
+
+def test_a_volume_that_an_operator_opens_must_be_named() -> None:
+    """With a passphrase of his own: no store knows what is in it."""
+    scratch = ForeignManifest(volume_id="scratch", generation=1)
+    events = (SERVED, volume_event(scratch))
+    named = RuntimeRules(volumes=("resnet",), operator_volumes=("scratch",))
+    assert not runtime_problem(named, *events)
+    for rules in (RuntimeRules(), RuntimeRules(operator_volumes=("other",))):
+        assert runtime_problem(rules, *events) == (
+            "runtime event 1: volume scratch generation 1 has a manifest that is not in the store"
+        )
+
+
+DIGEST = MANIFEST.digest().hex()
+
+
+@pytest.mark.parametrize(
+    ("expect", "ok"),
+    [
+        ("resnet", True),
+        (f"resnet:{DIGEST}", True),
+        (f"resnet:{DIGEST.upper()}", True),
+        (f"resnet:{'00' * 32}", False),
+        ("bert", False),
+    ],
+)
+def test_a_volume_that_must_be_served(expect: str, ok: bool) -> None:
+    rules = RuntimeRules(expect=(expect,))
+    found = check(judge(runtime=[SERVED], runtime_rules=rules), "runtime_volume")
+    assert found.ok is ok
+    named = "resnet" in expect
+    assert found.actual == (f"resnet:{DIGEST}" if named else "volumes resnet")
+    nothing = check(judge(runtime=[], runtime_rules=rules), "runtime_volume")
+    assert not nothing.ok
+    assert nothing.actual == "volumes none"
+
+
+def test_the_generation_served_last_counts() -> None:
+    """RTMR3 keeps what was served before: that is history, not what answers now."""
+    newer = dataclasses.replace(MANIFEST, generation=MANIFEST.generation + 1)
+    events = [SERVED, volume_event(newer)]
+    for manifest, ok in ((MANIFEST, False), (newer, True)):
+        rules = RuntimeRules(expect=(f"resnet:{manifest.digest().hex()}",))
+        found = check(judge(runtime=events, runtime_rules=rules), "runtime_volume")
+        assert found.ok is ok
+    back = [*events, SERVED]
+    rules = RuntimeRules(expect=(f"resnet:{DIGEST}",))
+    assert check(judge(runtime=back, runtime_rules=rules), "runtime_volume").ok
+
+
+def test_a_malformed_volume_event_is_none_that_is_served() -> None:
+    bad = RuntimeEvent(name="tdxd/volume", payload=b"resnet")
+    rules = RuntimeRules(expect=("resnet",))
+    table = judge(runtime=[bad], runtime_rules=rules)
+    assert not check(table, "runtime_volume").ok
+    assert not check(table, "runtime_events").ok
+
+
+@pytest.mark.parametrize(
+    "text", ["", "A B", "m:", "m:00", f"m:{'g' * 64}", f":{'0' * 64}"]
+)
+def test_an_expected_volume_is_an_id_and_perhaps_a_digest(text: str) -> None:
+    with pytest.raises(ValueError, match=r"id|hex"):
+        RuntimeRules(expect=(text,))
 
 
 def test_the_store_is_not_asked_for_more_after_the_first_unknown_volume() -> None:

@@ -27,8 +27,10 @@ from tdxd.errors import (
     DeniedError,
     IntegrityError,
     NotReadyError,
+    PassphraseNeededError,
     TdxdError,
     UnreachableError,
+    WrongPassphraseError,
 )
 
 NOW = 1000.0
@@ -37,7 +39,13 @@ FULL = VolumeSeen(image_tag=TAG, mapped=True, mounted=True, recorded=True)
 LATER = LeaseSeen(until_s=NOW + 3600, renew_s=NOW + 1800)
 OVER = LeaseSeen(until_s=NOW, renew_s=NOW - 1800)
 
-ERRORS = [UnreachableError("x"), DeniedError("x"), IntegrityError("x")]
+ERRORS = [
+    UnreachableError("x"),
+    DeniedError("x"),
+    IntegrityError("x"),
+    PassphraseNeededError("x"),
+    WrongPassphraseError("x"),
+]
 
 
 def failure(error: TdxdError, *, until_s: float = NOW + 5, tag=TAG) -> Failure:
@@ -49,6 +57,9 @@ def do(seen: VolumeSeen, action: plan.VolumeAction) -> VolumeSeen:
     match action:
         case plan.Attest():
             return dataclasses.replace(seen, keyed=True)
+        case plan.AskOperator():  # nobody has come yet
+            needed = failure(PassphraseNeededError("x"), tag=seen.image_tag)
+            return dataclasses.replace(seen, failure=needed)
         case plan.Map():
             return dataclasses.replace(seen, keyed=False, mapped=True)
         case plan.Mount():
@@ -83,6 +94,7 @@ def volumes(draw) -> VolumeSeen:
     until_s = draw(st.sampled_from([NOW - 1, NOW + 5]))
     return VolumeSeen(
         image_tag=draw(st.sampled_from([None, TAG, (9,)])),
+        by_operator=draw(st.booleans()),
         keyed=keyed,
         mapped=mapped,
         mounted=mapped and draw(st.booleans()),
@@ -295,6 +307,82 @@ def test_no_renewal_waits_past_the_lease_but_for_its_last_second(
     ],
 )
 def test_wanted_volume(seen: VolumeSeen, state: VolumeState, action: object) -> None:
+    step = plan.plan_volume(wanted=True, seen=seen, now_s=NOW)
+    assert (step.state, step.action) == (state, action)
+
+
+BY_OPERATOR = VolumeSeen(image_tag=TAG, by_operator=True)
+
+
+@given(volumes())
+def test_the_key_server_is_never_asked_for_what_an_operator_brings(
+    seen: VolumeSeen,
+) -> None:
+    seen = dataclasses.replace(seen, by_operator=True)
+    for _ in range(12):
+        step = plan.plan_volume(wanted=True, seen=seen, now_s=NOW)
+        assert not isinstance(step.action, plan.Attest)
+        seen = do(seen, step.action)
+
+
+@given(volumes())
+def test_a_passphrase_that_an_operator_brings_opens_it_from_every_resting_state(
+    seen: VolumeSeen,
+) -> None:
+    """As `tdxctl mount` does: the last failure is forgotten, and the key is there."""
+    seen = dataclasses.replace(seen, by_operator=True, in_use=False)
+    for _ in range(12):
+        step = plan.plan_volume(wanted=True, seen=seen, now_s=NOW)
+        seen = do(seen, step.action)
+    if seen.mounted or seen.image_tag is None:
+        return
+    seen = dataclasses.replace(seen, failure=None, keyed=True)
+    for _ in range(6):
+        step = plan.plan_volume(wanted=True, seen=seen, now_s=NOW)
+        seen = do(seen, step.action)
+    assert step.state is VolumeState.MOUNTED
+
+
+@pytest.mark.parametrize(
+    ("seen", "state", "action"),
+    [
+        (BY_OPERATOR, VolumeState.FAILED, plan.AskOperator()),
+        (
+            dataclasses.replace(
+                BY_OPERATOR, failure=failure(PassphraseNeededError("x"))
+            ),
+            VolumeState.FAILED,
+            Wait(),
+        ),
+        (
+            dataclasses.replace(
+                BY_OPERATOR, failure=failure(WrongPassphraseError("x"), tag=(9,))
+            ),
+            VolumeState.FAILED,
+            plan.AskOperator(),
+        ),
+        (
+            dataclasses.replace(BY_OPERATOR, keyed=True),
+            VolumeState.KEYED,
+            plan.Map(),
+        ),
+        (
+            dataclasses.replace(
+                BY_OPERATOR, keyed=True, failure=failure(WrongPassphraseError("x"))
+            ),
+            VolumeState.CLOSING,
+            plan.ForgetKey(),
+        ),
+        (
+            dataclasses.replace(BY_OPERATOR, image_tag=None),
+            VolumeState.ABSENT,
+            Wait(),
+        ),
+    ],
+)
+def test_wanted_volume_of_an_operator(
+    seen: VolumeSeen, state: VolumeState, action: object
+) -> None:
     step = plan.plan_volume(wanted=True, seen=seen, now_s=NOW)
     assert (step.state, step.action) == (state, action)
 

@@ -46,6 +46,7 @@ variable = "SecureBoot"
 value = "00"
 [runtime]
 volumes = ["v"]
+expect = ["v"]
 [[runtime.allow]]
 name = "app-id"
 payload = ["01"]
@@ -87,6 +88,7 @@ LOOSER = [
     ("required = true", "required = false", "event_log.required"),
     ('value = "01"', 'value = ""', "event_log.require"),
     ('volumes = ["v"]', 'volumes = ["*"]', "runtime.volumes"),
+    ('expect = ["v"]', "expect = []", "runtime.expect"),
     ('payload = ["01"]', 'payload = ["01", "02"]', "runtime.allow"),
 ]
 TIGHTER = [
@@ -99,6 +101,7 @@ TIGHTER = [
     ("lease_s = 3600", "lease_s = 60", "release.lease_s"),
     ("not_before = 2026-01", "not_before = 2026-02", "release.not_before"),
     ('volumes = ["v"]', "volumes = []", "runtime.volumes"),
+    ('expect = ["v"]', 'expect = ["v", "w"]', "runtime.expect"),
 ]
 
 

@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 from tdxd.core.bundle import Manifest
 from tdxd.core.config import VolumeConfig
 from tdxd.core.decode import decode, plain
+from tdxd.core.foreign import ForeignManifest
 from tdxd.core.plan import Failure, ServingState, VolumeState
 from tdxd.errors import DataError, DeniedError, Retry, TdxdError
 from tdxd.guest import handover
 from tdxd.guest.handover import decode_state, descriptors, encode_state
+from tdxd.guest.last_error import LastError
 from tdxd.guest.leased import Lease
 from tdxd.host.content import Model
 from tdxd.host.ports import HandedChild, MappedVolume
@@ -44,6 +46,12 @@ MANIFEST = st.builds(
     root_hash=st.binary(min_size=32, max_size=32),
     salt=st.binary(min_size=32, max_size=32),
 )
+FOREIGN = st.builds(
+    ForeignManifest,
+    volume_id=ID,
+    generation=st.integers(1, 2**63 - 1),
+    header_sha256=st.sampled_from([b"", b"h" * 32]),
+)
 CHILD = st.builds(
     HandedChild,
     name=TEXT,
@@ -64,7 +72,11 @@ VOLUME = st.builds(
         id=ID,
         image=TEXT.map(lambda text: "/" + text),
         required=st.booleans(),
-    ),
+        kind=st.just("luks2"),
+        passphrase=st.sampled_from(["key-server", "operator"]),
+        writable=st.booleans(),
+    )
+    | st.builds(VolumeConfig, id=ID, image=st.just("/m.img")),
     wanted=st.booleans(),
     leaving=st.booleans(),
     state=st.sampled_from([one.value for one in VolumeState]),
@@ -73,10 +85,12 @@ VOLUME = st.builds(
     mapped=st.none()
     | st.builds(
         MappedVolume,
-        manifest=MANIFEST,
+        manifest=MANIFEST | FOREIGN,
         device=TEXT,
         mapper=st.sampled_from(["dm", "memory"]),
         fd=FD,
+        writable=st.booleans(),
+        payload_bytes=COUNT,
     ),
     lease=st.none() | st.builds(Lease, until_s=AGE, renew_s=AGE),
     failure=st.none()
@@ -92,6 +106,9 @@ VOLUME = st.builds(
         left_s=AGE,
         image_tag=st.none() | many(COUNT),
     ),
+    read_before=COUNT,
+    last_error=st.none()
+    | st.builds(LastError, time=TEXT, code=TEXT, message=TEXT, hint=TEXT),
 )
 SERVER = st.builds(
     handover.HandedServer,
@@ -127,6 +144,7 @@ STATE = st.builds(
     mapper=TEXT,
     control=st.none() | LISTENER,
     health=st.none() | LISTENER,
+    evidence=st.none() | LISTENER,
     daemon=st.builds(
         handover.HandedDaemon,
         version=TEXT,
@@ -160,7 +178,7 @@ def test_it_comes_back_as_it_was(state: handover.State) -> None:
 @given(STATE)
 def test_every_descriptor_is_found(state: handover.State) -> None:
     serving = state.daemon.serving
-    listeners = (state.control, state.health, serving.listener)
+    listeners = (state.control, state.health, state.evidence, serving.listener)
     children = [one.child for one in serving.servers]
     children += [serving.front.child] if serving.front else []
     wanted = [one.fd for one in listeners if one is not None]
@@ -221,12 +239,12 @@ def test_a_truncated_state_is_refused(state: handover.State) -> None:
             decode_state(data[:size])
 
 
-@pytest.mark.parametrize("found", [0, 1, 3, "2", None, []])
+@pytest.mark.parametrize("found", [0, 1, 4, "2", None, []])
 def test_another_format_is_named_before_anything_else(found: object) -> None:
     with pytest.raises(DataError) as caught:
         decode_state(msgpack.packb({"format": found, "unheard": "of"}))
     assert caught.value.message == (
-        f"handed over state: format {found!r}, this program knows 2"
+        f"handed over state: format {found!r}, this program knows 2, 3"
     )
 
 
@@ -241,6 +259,45 @@ def test_a_failure_means_the_same_on_another_clock() -> None:
     for name in ("code", "retry", "exit_code", "message", "hint"):
         assert getattr(found.error, name) == getattr(error, name)
     assert isinstance(found.error, TdxdError)
+
+
+NEW_SINCE_2 = {
+    "": {"evidence"},
+    "front": {"served_key"},
+    "volumes": {"read_before", "last_error"},
+    "spec": {"kind", "passphrase", "writable"},
+    "mapped": {"writable", "payload_bytes"},
+    "serving": {"rest_listener"},
+}
+"""What format 3 brought, by the key of the record that has it."""
+
+
+def as_format_2(value: object, within: str = "") -> object:
+    if isinstance(value, dict):
+        gone = NEW_SINCE_2.get(within, set())
+        return {
+            key: as_format_2(one, key) for key, one in value.items() if key not in gone
+        }
+    if isinstance(value, list):
+        return [as_format_2(one, within) for one in value]
+    return value
+
+
+@given(STATE)
+def test_the_state_of_the_program_before_foreign_volumes_is_adopted(
+    state: handover.State,
+) -> None:
+    """An upgrade closes nothing."""
+    older = as_format_2(plain(state))
+    assert isinstance(older, dict)
+    found = decode_state(msgpack.packb({**older, "format": 2}, use_bin_type=True))
+    for before, after in zip(state.daemon.volumes, found.daemon.volumes, strict=True):
+        assert (after.spec.id, after.spec.kind) == (before.spec.id, "sealed")
+        if before.mapped is not None and isinstance(before.mapped.manifest, Manifest):
+            assert after.mapped is not None
+            assert after.mapped.manifest == before.mapped.manifest
+            assert after.mapped.device == before.mapped.device
+        assert after.last_error is None
 
 
 def test_a_new_field_with_a_default_needs_no_new_format() -> None:

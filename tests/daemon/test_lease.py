@@ -10,11 +10,11 @@ import trio
 
 from tdxd.core.plan import VolumeState
 from tdxd.errors import DeniedError, UnreachableError
-from tdxd.guest import health
 from tdxd.guest.attest import Bundles
 from tdxd.guest.config_files import LoadedConfig
 from tdxd.guest.daemon import Daemon
 from tdxd.guest.handover import ServedVolume
+from tdxd.guest.metrics import metrics_text
 from tests.daemon.test_daemon import World, state
 from tests.daemon.test_reexec import first, run_next, until_mounted
 
@@ -326,7 +326,7 @@ async def test_the_metrics_show_what_is_left(world: World) -> None:
         await until_mounted(daemon)
         line = next(
             line
-            for line in health._metrics(daemon).splitlines()
+            for line in (await metrics_text(daemon)).splitlines()
             if line.startswith("tdxd_volume_lease_left_seconds{")
         )
         assert line.startswith('tdxd_volume_lease_left_seconds{volume="model"} ')

@@ -15,6 +15,7 @@ import trio.lowlevel
 
 from tdxd.core.bundle import KeyBundle
 from tdxd.core.decode import plain
+from tdxd.core.foreign import AnyBundle, PassphraseBundle
 from tdxd.core.plan import VolumeState
 from tdxd.errors import ConfigError, DeniedError, HostError, ReexecError
 from tdxd.guest.attest import Bundles
@@ -274,14 +275,19 @@ class SlowMapper(FakeMapper):
     slow = True
 
     def map_volume(
-        self, image: str, bundle: KeyBundle, *, cancelled: Callable[[], bool]
+        self,
+        image: str,
+        bundle: AnyBundle,
+        *,
+        cancelled: Callable[[], bool],
+        writable: bool = False,
     ) -> MappedVolume:
         self.started = True
         while self.slow:
             if cancelled():
                 raise HostError("work on", image, errno.ECANCELED)
             time.sleep(0.005)
-        return super().map_volume(image, bundle, cancelled=cancelled)
+        return super().map_volume(image, bundle, cancelled=cancelled, writable=writable)
 
 
 async def test_a_mapping_is_called_off_and_its_key_wiped(world: World) -> None:
@@ -319,7 +325,7 @@ async def test_a_key_that_came_before_the_standstill_is_wiped(world: World) -> N
         await daemon.standstill.reached(5)
         assert daemon.volume("model").generation == 1  # it has the key
         (bundle,) = world.server.bundles
-        assert isinstance(bundle, KeyBundle)
+        assert isinstance(bundle, KeyBundle | PassphraseBundle)
         secret = bytes(bundle.secret.reveal())
         handed = daemon._hand_over()
         assert bundle.secret.wiped
@@ -418,7 +424,7 @@ async def test_a_broken_volume_is_taken_from_a_running_server(world: World) -> N
         assert daemon._served() == (mounted,)
         server = object.__new__(ModelServer)
         server.volumes = (mounted,)
-        world.mapper.broken.update(world.mapper.open)
         daemon.serving.servers["a"] = server
+        daemon.volume("model").device.intact = False  # as of the last look
         assert daemon._served() == ()
         del daemon.serving.servers["a"]

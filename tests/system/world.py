@@ -21,6 +21,8 @@ __all__ = ["Daemon", "World", "free_port", "our_loops"]
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
+OURS = ("m", "other", *(f"ten{number}" for number in range(10)))
+"""The ids of all volumes that these tests open."""
 START_S = 60.0
 """Generous: machines that run tests stall."""
 
@@ -38,7 +40,7 @@ def our_loops() -> list[str]:
             text = path.read_text()
         except OSError:
             continue
-        if any(f"tdxd:{name}:" in text for name in ("m", "other")):
+        if any(f"tdxd:{name}:" in text for name in OURS):
             found.append(path.parent.parent.name)
     return found
 

@@ -29,6 +29,7 @@ from tdxd.core.plan.serving import (
     plan_serving,
 )
 from tdxd.core.plan.volume import (
+    AskOperator,
     Attest,
     ForgetKey,
     LeaseSeen,
@@ -48,6 +49,7 @@ from tdxd.core.plan.volume import (
 
 __all__ = [
     "SLOTS",
+    "AskOperator",
     "Attest",
     "DrainServer",
     "Failure",

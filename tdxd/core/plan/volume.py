@@ -9,6 +9,7 @@ from tdxd.core.plan.failure import Failure, Wait
 from tdxd.errors import Retry
 
 __all__ = [
+    "AskOperator",
     "Attest",
     "ForgetKey",
     "LeaseSeen",
@@ -47,6 +48,11 @@ class Attest:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class AskOperator:
+    """Say that an operator must bring the passphrase, and rest until one does."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Map:
     """Open the image with the bundle; the key is forgotten either way."""
 
@@ -82,7 +88,16 @@ class ForgetKey:
 
 
 VolumeAction = (
-    Attest | Map | Mount | Record | Renew | Unmount | Unmap | ForgetKey | Wait
+    Attest
+    | AskOperator
+    | Map
+    | Mount
+    | Record
+    | Renew
+    | Unmount
+    | Unmap
+    | ForgetKey
+    | Wait
 )
 
 
@@ -101,13 +116,15 @@ class LeaseSeen:
 class VolumeSeen:
     """What was observed of one (volume, generation).
 
-    `image_tag` identifies the candidate file, `None` if there is none. `recorded` says that
+    `image_tag` identifies the candidate file, `None` if there is none. `by_operator` says that
+    no key server has the key: it is there when somebody brought it. `recorded` says that
     RTMR3 shows the volume, or need not. `intact` is false once dm-verity met a wrong block.
     `in_use` says that a model server still sees the volume. `stuck_until_s` is when a step of
     closing that failed may be tried again. `lease` is `None` if the release was for good.
     """
 
     image_tag: tuple[int, ...] | None
+    by_operator: bool = False
     keyed: bool = False
     mapped: bool = False
     mounted: bool = False
@@ -156,6 +173,8 @@ def plan_volume(*, wanted: bool, seen: VolumeSeen, now_s: float) -> VolumePlan:
         return VolumePlan(VolumeState.KEYED, Map())
     if seen.image_tag is None:
         return VolumePlan(VolumeState.ABSENT, Wait())
+    if seen.by_operator:
+        return VolumePlan(VolumeState.FAILED, AskOperator())
     return VolumePlan(VolumeState.ATTESTING, Attest())
 
 
