@@ -17,7 +17,7 @@ from tdxd.errors import EX_OK, EX_UNAVAILABLE, ConfigError, TdxdError
 from tdxd.guest import doctor_evidence, doctor_machine, doctor_network
 from tdxd.guest.config_files import LoadedConfig
 from tdxd.guest.finding import Facts, Finding, ImageFact, fail
-from tdxd.guest.server import server_command
+from tdxd.guest.server_program import server_command
 from tdxd.host import images
 from tdxd.host.evidence_facts import EvidenceFacts, gather_evidence
 from tdxd.host.facts import MachineFacts, Problem, gather_machine

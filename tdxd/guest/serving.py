@@ -7,33 +7,23 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from functools import partial
 
 import trio
 
 from tdxd.core import plan
-from tdxd.core.config import Config
+from tdxd.core.config import Config, ServingConfig
 from tdxd.core.plan import Failure, ServerSeen, ServingGoal, ServingSeen, ServingState
-from tdxd.errors import HostError, NotReadyError, TdxdError
+from tdxd.errors import HostError, TdxdError
 from tdxd.guest.changes import Changes
 from tdxd.guest.events import Events
 from tdxd.guest.failures import Failures
-from tdxd.guest.front import (
-    Front,
-    adopt_front,
-    certificate_of,
-    front_key,
-    start_front,
-)
+from tdxd.guest.front import Front, adopt_front, front_key
+from tdxd.guest.front_door import FrontDoor
+from tdxd.guest.front_start import certificates_of
 from tdxd.guest.handover import HandedServing, ServedVolume
-from tdxd.guest.listener import Listener
-from tdxd.guest.server import (
-    ModelServer,
-    adopt_server,
-    exited_error,
-    models_key,
-    start_server,
-)
+from tdxd.guest.model_servers import ModelServers
+from tdxd.guest.server import ModelServer, adopt_server, models_key
+from tdxd.guest.serving_scene import ServingScene
 from tdxd.guest.standstill import Standstill
 from tdxd.host import clock
 from tdxd.host.ports import Host
@@ -41,12 +31,9 @@ from tdxd.host.ports import Host
 __all__ = ["ServingReconciler"]
 
 _POLL_S = 2.0
-_READY_POLL_S = 0.2
 _DRAIN_POLL_S = 0.2
-_STOP_S = 5.0
 _BACKOFF_MAX_S = 30.0
-_STEADY_S = 60.0
-"""A server that ran this long has proved itself: the next failure counts as the first."""
+_DEAD_SOCKET = "dead socket"
 
 
 class ServingReconciler:
@@ -74,19 +61,44 @@ class ServingReconciler:
             events=events,
             event="serving.failed",
         )
-        self.servers: dict[str, ModelServer] = {}
-        self.front: Front | None = None
-        self.restarts = 0
         self.beat_s = trio.current_time()
+        self._scene = ServingScene(
+            host=host,
+            runtime_dir=config.control.runtime_dir,
+            standstill=standstill,
+            changes=changes,
+            events=events,
+            failures=self._failures,
+            nursery=nursery,
+        )
+        self.door = FrontDoor(self._scene)
+        self._servers = ModelServers(self._scene, self.door.forget)
         self._host, self._changes, self._events = host, changes, events
         self._standstill = standstill
         self._volumes, self._revoked = volumes, revoked
-        self._nursery = nursery
-        self._listener = Listener()
-        """Outlives the front, so that no queued connection is lost."""
         self._wanted: tuple[ServedVolume, ...] = ()
 
     # --- what others see and ask ---
+
+    @property
+    def servers(self) -> dict[str, ModelServer]:
+        """The model servers by slot."""
+        return self._servers.by_slot
+
+    @property
+    def front(self) -> Front | None:
+        """The front, while there is one."""
+        return self.door.front
+
+    @property
+    def restarts(self) -> int:
+        """How often a child ended by itself."""
+        return self._scene.restarts
+
+    @property
+    def limits_problem(self) -> str:
+        """Why configured limits are not in force, if so."""
+        return self._host.children.limits_problem
 
     @property
     def failure(self) -> Failure | None:
@@ -123,7 +135,7 @@ class ServingReconciler:
                     await self._act(step.action)
                 continue
             if self.stopping and step.state is ServingState.STOPPED:
-                self._listener.close()
+                self.door.close()
                 return
             limit_s = now_s + _POLL_S
             await self._changes.after(
@@ -163,11 +175,17 @@ class ServingReconciler:
         )
         return ServingSeen(
             servers=servers,
-            front_key=self.front.key if self.front else None,
+            front_key=self._front_key(),
             front_revoked=self.config.tls_volume in {name for name, _ in revoked},
             active=self.front.active if self.front else None,
             failure=self.failure,
         )
+
+    def _front_key(self) -> str | None:
+        """Return the key of the front that runs; of one on a dead socket, that of none wanted."""
+        if self.front is None:
+            return None
+        return self.front.key if self.door.sound else _DEAD_SOCKET
 
     def _show(self, state: ServingState) -> None:
         if state is not self.state:
@@ -183,18 +201,18 @@ class ServingReconciler:
             self._failures.add(exc)
             slot = getattr(action, "slot", None)
             if isinstance(action, plan.PollReady) and slot in self.servers:
-                await self._stop_server(slot)
+                await self._servers.stop(slot)
         if action != self._plan(trio.current_time()).action:
             self._changes.ring()  # polling alone is no news
 
     async def _do(self, action: plan.ServingAction) -> None:
         match action:
             case plan.StartServer(slot):
-                await self._start_server(slot)
+                await self._servers.start(slot, self._config(), self._wanted)
             case plan.PollReady(slot):
-                await self._poll_ready(slot)
+                await self._servers.poll_ready(slot, self._config())
             case plan.StartFront(slot):
-                self._start_front(slot)
+                await self._start_front(slot)
             case plan.SwitchFront(slot):
                 assert self.front is not None
                 await self.front.switch(slot)
@@ -202,81 +220,14 @@ class ServingReconciler:
             case plan.DrainServer(slot):
                 await self._drain(slot)
             case plan.StopServer(slot):
-                await self._stop_server(slot)
+                await self._servers.stop(slot)
             case plan.StopFront():
                 await self._stop_front()
 
-    # --- the model server ---
-
-    async def _start_server(self, slot: str) -> None:
+    def _config(self) -> ServingConfig:
         config = self.config.serving
-        assert config is not None
-        server = start_server(
-            host=self._host,
-            config=config,
-            runtime_dir=self.config.control.runtime_dir,
-            slot=slot,
-            volumes=self._wanted,
-        )
-        self._events.emit("server.started", slot=slot, pid=server.child.pid)
-        self._keep_server(server)
-
-    def _keep_server(self, server: ModelServer) -> None:
-        self.servers[server.slot] = server
-        said = partial(self._read, server, "server.said", slot=server.slot)
-        self._nursery.start_soon(said)
-        self._nursery.start_soon(self._watch_server, server)
-
-    async def _read(
-        self, child: ModelServer | Front, event: str, **fields: str
-    ) -> None:
-        async for line in child.child.lines():
-            child.lines.append(line)
-            self._events.emit(event, level="debug", **fields, line=line)
-        child.silent.set()
-
-    async def _watch_server(self, server: ModelServer) -> None:
-        status = await server.child.wait()
-        if server.leaving:
-            return  # we ended it ourselves
-        del self.servers[server.slot]
-        server.close()
-        if trio.current_time() - server.started_s > _STEADY_S:
-            self._failures.forget()
-        self.restarts += 1
-        self._failures.add(exited_error("the model server", status, server.lines))
-        if self.front is not None and self.front.active == server.slot:
-            with self._standstill.running("the end of a model server"):
-                await self._forget_in_front(server.slot)
-        self._changes.ring()
-
-    async def _forget_in_front(self, slot: str) -> None:
-        """Let clients have UNAVAILABLE at once; the front may just be ending, too."""
-        assert self.front is not None
-        try:
-            await self.front.forget(slot)
-        except NotReadyError as exc:
-            self._events.emit("front.not_told", level="warning", error=exc.message)
-
-    async def _poll_ready(self, slot: str) -> None:
-        config, server = self.config.serving, self.servers.get(slot)
-        if config is None or server is None:
-            return
-        await server.poll()
-        if server.ready:
-            took_s = trio.current_time() - server.started_s
-            self._events.emit("server.ready", slot=slot, seconds=round(took_s, 3))
-            return
-        if trio.current_time() > server.started_s + config.ready_timeout_s:
-            last = server.lines[-1] if server.lines else "nothing"
-            raise NotReadyError(
-                f"models not available after {config.ready_timeout_s:g} s; "
-                f"the model server said last: {last}",
-                hint="raise serving.ready_timeout_s if the model is large",
-            )
-        await self._changes.after(
-            self._changes.count, trio.current_time() + _READY_POLL_S
-        )
+        assert config is not None, "without it nothing is planned but an end"
+        return config
 
     async def _drain(self, slot: str) -> None:
         config, server = self.config.serving, self.servers.get(slot)
@@ -290,73 +241,35 @@ class ServingReconciler:
             return
         await trio.sleep(_DRAIN_POLL_S)
 
-    async def _stop_server(self, slot: str) -> None:
-        server = self.servers.get(slot)
-        if server is None:
-            return
-        server.leaving = True
-        if self.front is not None and self.front.active == slot:
-            await self._forget_in_front(slot)
-        with trio.CancelScope(shield=True):
-            await server.child.stop(_STOP_S)
-        server.close()
-        del self.servers[slot]  # only now: its volumes are in use until it has ended
-        self._events.emit("server.stopped", slot=slot)
-
-    # --- the front ---
-
-    def _start_front(self, slot: str) -> None:
-        config = self.config.serving
-        assert config is not None
+    async def _start_front(self, slot: str) -> None:
+        config = self._config()
         mount_points = {one.volume_id: one.mount_point for one in self._wanted}
-        certificate = certificate_of(self.config.tls_volume, mount_points)
-        front = start_front(
-            host=self._host,
-            config=config,
-            runtime_dir=self.config.control.runtime_dir,
-            listener=self._listener.at(config.listen),
-            certificate=certificate,
-            key=front_key(self._wanted, config, self.config.tls_volume),
-            active=slot,
+        tls_volume = self.config.tls_volume
+        await self.door.start(
+            slot,
+            config,
+            certificates_of(tls_volume, mount_points, config),
+            front_key(self._wanted, config, tls_volume),
         )
-        self._events.emit("front.started", pid=front.child.pid, listen=config.listen)
-        self._keep_front(front)
-
-    def _keep_front(self, front: Front) -> None:
-        self.front = front
-        self._nursery.start_soon(self._read, front, "front.said")
-        self._nursery.start_soon(self._watch_front, front)
-
-    async def _watch_front(self, front: Front) -> None:
-        status = await front.child.wait()
-        with self._standstill.running("the end of the front"):
-            await front.silent.wait()
-        if self.front is not front:
-            return
-        self.front = None
-        front.close()
-        self.restarts += 1
-        self._failures.add(exited_error("the front", status, front.lines))
-        self._changes.ring()
 
     async def _stop_front(self) -> None:
-        front, self.front = self.front, None
-        if front is None:
+        if self.front is None:
             return
-        config = self.config.serving
-        drains = config and not self._observe().front_revoked
+        config, seen = self.config.serving, self._observe()
+        drains = config and self.door.sound and not seen.front_revoked
+        if not self.door.sound:
+            self._events.emit("front.socket_dead", level="warning")
         drain_s = config.drain_timeout_s if config and drains else 0.0
         self.beat_s = trio.current_time() + drain_s
-        with trio.CancelScope(shield=True):
-            await front.stop(drain_s)
-        self._events.emit("front.stopped")
+        await self.door.stop(drain_s)
         if self.stopping or config is None:
-            self._listener.close()
+            self.door.close()
 
     # --- over an exec ---
 
     def hand_over(self) -> HandedServing:
         """Return what the program after this one needs; call it at standstill."""
+        listener, rest_listener = self.door.hand_over()
         return HandedServing(
             state=self.state.value,
             since=self.since,
@@ -364,20 +277,21 @@ class ServingReconciler:
             wanted=self._wanted,
             servers=tuple(one.hand_over(self._host) for one in self.servers.values()),
             front=self.front.hand_over(self._host) if self.front else None,
-            listener=self._listener.hand_over(),
+            listener=listener,
+            rest_listener=rest_listener,
         )
 
     def adopt(self, handed: HandedServing) -> None:
         """Go on with the children of the program before this one; call it before `run`."""
         self.state, self.since = ServingState(handed.state), handed.since
-        self.restarts, self._wanted = handed.restarts, handed.wanted
-        self._listener = Listener(handed.listener)
+        self._scene.restarts, self._wanted = handed.restarts, handed.wanted
+        self.door.adopt(handed.listener, handed.rest_listener)
         for server in handed.servers:
             with self._not_adopted(server.child.name):
-                self._keep_server(adopt_server(server, self._host))
+                self._servers.keep(adopt_server(server, self._host))
         if handed.front is not None:
             with self._not_adopted("front"):
-                self._keep_front(adopt_front(handed.front, self._host))
+                self.door.keep(adopt_front(handed.front, self._host))
 
     @contextlib.contextmanager
     def _not_adopted(self, name: str) -> Iterator[None]:
@@ -395,5 +309,5 @@ class ServingReconciler:
         """End whatever runs, front first; for the daemon's last clean-up."""
         await self._stop_front()
         for slot in list(self.servers):
-            await self._stop_server(slot)
-        self._listener.close()
+            await self._servers.stop(slot)
+        self.door.close()

@@ -7,9 +7,10 @@ import os
 
 from tdxd.errors import HostError, MissingError, NotReadyError
 
-__all__ = ["Model", "models_in", "read_certificate"]
+__all__ = ["Model", "models_in", "read_certificate", "read_client_ca"]
 
 _CERTIFICATE = "tls/server.pem"
+_CLIENT_CA = "tls/client-ca.pem"
 _CERTIFICATE_MAX_BYTES = 64 * 1024
 
 
@@ -59,14 +60,26 @@ def read_certificate(mount_point: str) -> bytes:
 
     Raises: MissingError if the volume has none.
     """
-    path = os.path.join(mount_point, _CERTIFICATE)
+    hint = "make one with tdx-seal cert, or name another volume in serving.tls_volume"
+    return _read_pem(mount_point, _CERTIFICATE, hint)
+
+
+def read_client_ca(mount_point: str) -> bytes:
+    """Return the PEM of the certificates that sign those of clients.
+
+    Raises: MissingError if the volume has none.
+    """
+    hint = "seal it beside tls/server.pem, or leave serving.client_ca out"
+    return _read_pem(mount_point, _CLIENT_CA, hint)
+
+
+def _read_pem(mount_point: str, name: str, hint: str) -> bytes:
+    path = os.path.join(mount_point, name)
     try:
         with open(path, "rb") as file:
             return file.read(_CERTIFICATE_MAX_BYTES)
     except FileNotFoundError as exc:
-        raise MissingError(
-            f"volume at {mount_point} has no {_CERTIFICATE}",
-            hint="make one with tdx-seal cert, or name another volume in serving.tls_volume",
-        ) from exc
+        text = f"volume at {mount_point} has no {name}"
+        raise MissingError(text, hint=hint) from exc
     except OSError as exc:
         raise HostError.of("read", path, exc) from exc

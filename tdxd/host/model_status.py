@@ -35,6 +35,11 @@ class VersionStatus:
         return self.state == AVAILABLE and not self.error
 
     @property
+    def pending(self) -> bool:
+        """Whether it is on its way to be available."""
+        return self.state < AVAILABLE
+
+    @property
     def failed(self) -> bool:
         """Whether it will not become available by itself."""
         return self.state == END and bool(self.error)

@@ -11,6 +11,7 @@ reused worker would carry the namespace on). Source: unshare(2), namespaces(7).
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import errno
 import os
 import threading
@@ -23,6 +24,7 @@ __all__ = [
     "CLONE_NEWNET",
     "CLONE_NEWNS",
     "NamespaceCell",
+    "TmpMount",
     "check_namespace",
     "make_cell",
     "make_network",
@@ -79,10 +81,24 @@ def make_network() -> int:
     return _in_own_thread(body)
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class TmpMount:
+    """A tmpfs at `path`, of one user: nobody else can look into it."""
+
+    path: str
+    uid: int
+    gid: int
+    size_bytes: int
+
+
 def make_cell(
-    *, net_fd: int, hide: str, binds: Sequence[tuple[str, str]]
+    *,
+    net_fd: int,
+    hide: str,
+    binds: Sequence[tuple[str, str]],
+    tmp: TmpMount | None = None,
 ) -> NamespaceCell:
-    """Make a mount namespace where `hide` holds nothing but `binds` (source, target).
+    """Make a mount namespace where `hide` holds nothing but `binds` (source, target) and `tmp`.
 
     Every other mount below `hide` is dropped from the namespace, so a child in it keeps no other
     volume alive.
@@ -95,13 +111,13 @@ def make_cell(
         # The umask is the thread's own from here on (CLONE_NEWNS implies CLONE_FS): the
         # child's user must pass through the directories made below.
         os.umask(0o022)
-        _fill(hide, binds)
+        _fill(hide, binds, tmp)
         return _namespace("mnt")
 
     return NamespaceCell(_in_own_thread(body), net_fd)
 
 
-def _fill(hide: str, binds: Sequence[tuple[str, str]]) -> None:
+def _fill(hide: str, binds: Sequence[tuple[str, str]], tmp: TmpMount | None) -> None:
     """Build the new `hide` beside the old one, drop the old mounts, then move it over."""
     stage = os.path.join(hide, "stage")
     os.makedirs(stage, mode=0o700, exist_ok=True)
@@ -110,6 +126,12 @@ def _fill(hide: str, binds: Sequence[tuple[str, str]]) -> None:
         place = os.path.join(stage, os.path.relpath(target, hide))
         os.makedirs(place, mode=0o755)
         mount.bind(source, place)
+    if tmp is not None:
+        place = os.path.join(stage, os.path.relpath(tmp.path, hide))
+        os.makedirs(place, mode=0o755)
+        mount.mount_tmpfs(place, size_bytes=tmp.size_bytes)
+        os.chmod(place, 0o700)
+        os.chown(place, tmp.uid, tmp.gid)
     old = [
         point
         for point in mount.mount_points("/proc/thread-self/mountinfo")

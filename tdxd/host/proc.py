@@ -19,10 +19,11 @@ from collections.abc import AsyncIterator, Sequence
 import trio
 
 from tdxd.errors import HostError
-from tdxd.host import netns
-from tdxd.host.ports import Cell, Child, ChildSpec, HandedChild
+from tdxd.host import confine, netns
+from tdxd.host.cgroup import ControlGroups, Limits
+from tdxd.host.ports import Cell, Child, ChildSpec, HandedChild, PrivateTmp
 
-__all__ = ["CellChildren", "Process", "end_all_children", "user_ids"]
+__all__ = ["CellChildren", "Process", "end_all_children", "is_user", "user_ids"]
 
 _MAX_LINE_BYTES = 8192
 _UNKNOWN_STATUS = 255
@@ -131,15 +132,40 @@ class CellChildren:
 
     def __init__(self) -> None:
         self._net_fd = -1
+        self._groups: ControlGroups | None = None
 
-    def make_cell(self, *, hide: str, binds: Sequence[tuple[str, str]]) -> Cell:
+    @property
+    def limits_problem(self) -> str:
+        """Why limits are not in force (see `ports.Children`)."""
+        return self._groups.problem if self._groups is not None else ""
+
+    def _limit(self, name: str, pid: int, limits: Limits) -> None:
+        """Put a child into a control group, where the daemon may make some."""
+        if self._groups is None:
+            self._groups = ControlGroups()
+        if not self._groups.problem:
+            self._groups.confine(name, pid, limits)
+
+    def make_cell(
+        self,
+        *,
+        hide: str,
+        binds: Sequence[tuple[str, str]],
+        tmp: PrivateTmp | None = None,
+    ) -> Cell:
         """Make a cell (see `ports.Children`); its network is shared by all.
 
         Raises: HostError.
         """
         if self._net_fd < 0:
             self._net_fd = netns.make_network()
-        return netns.make_cell(net_fd=self._net_fd, hide=hide, binds=binds)
+        own = None
+        if tmp is not None:
+            uid, gid = user_ids(tmp.user)
+            own = netns.TmpMount(
+                path=tmp.path, uid=uid, gid=gid, size_bytes=tmp.size_bytes
+            )
+        return netns.make_cell(net_fd=self._net_fd, hide=hide, binds=binds, tmp=own)
 
     def spawn(self, spec: ChildSpec) -> Child:
         """Start a child as `spec.user`, without capabilities, its output in one pipe.
@@ -150,7 +176,7 @@ class CellChildren:
         assert isinstance(spec.cell, netns.NamespaceCell)
         cell_fds = (spec.cell.mount_fd, spec.cell.net_fd)
         try:
-            argv = [*_enter(*cell_fds), *_drop(spec.user), "--", *spec.argv]
+            argv = [*_enter(*cell_fds), *_drop(spec.user), "--", *_confined(spec)]
             popen = subprocess.Popen(
                 argv,
                 stdin=subprocess.DEVNULL,
@@ -168,7 +194,15 @@ class CellChildren:
         except HostError:
             spec.cell.close()
             raise
-        return _process(spec.name, popen)
+        process = _process(spec.name, popen)
+        if spec.limits is not None:
+            try:
+                self._limit(spec.name, process.pid, spec.limits)
+            except HostError:
+                process.kill()
+                spec.cell.close()
+                raise
+        return process
 
     def hand_over(self, child: Child, cell: Cell) -> HandedChild:
         """Return what the program after this one needs (see `ports.Children`)."""
@@ -266,6 +300,23 @@ def _drop(user: str) -> list[str]:
         "--inh-caps=-all",
         "--pdeathsig=KILL",
     ]
+
+
+def _confined(spec: ChildSpec) -> Sequence[str]:
+    if spec.confinement is None:
+        return spec.argv
+    return confine.wrapped(spec.confinement, spec.argv)
+
+
+def is_user(user: str) -> bool:
+    """Say whether there is a user of that name."""
+    import pwd
+
+    try:
+        pwd.getpwnam(user)
+    except KeyError:
+        return False
+    return True
 
 
 def user_ids(user: str) -> tuple[int, int]:

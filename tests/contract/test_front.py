@@ -3,125 +3,29 @@
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import ssl
-from collections.abc import AsyncIterator, Iterator
-from concurrent import futures
+from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 import grpc
 import pytest
 import trio
 
 from tdxd.core.config import Address, ServingConfig
-from tdxd.errors import HostError
-from tdxd.guest.front import Front, start_front
+from tdxd.errors import HostError, ServerExitedError
+from tdxd.guest.front_start import Certificates, Sockets, start_front
 from tdxd.guest.listener import listen_tcp
-from tdxd.host import proc
-from tdxd.host.ports import Host
-from tests.certificates import self_signed
-from tests.fakes import fake_host
+from tests.contract.fronts import PREDICT, RELOAD, STATUS, Running, front_of
 
 pytestmark = pytest.mark.root
 
-PREDICT = "/tensorflow.serving.PredictionService/Predict"
-STATUS = "/tensorflow.serving.ModelService/GetModelStatus"
-RELOAD = "/tensorflow.serving.ModelService/HandleReloadConfigRequest"
-
-
-class Backend(grpc.GenericRpcHandler):
-    """Answers every method with the name of its slot."""
-
-    def __init__(self, slot: str) -> None:
-        self.slot = slot.encode()
-        self.seen: list[str] = []
-
-    def service(
-        self, details: grpc.HandlerCallDetails
-    ) -> grpc.RpcMethodHandler[Any, Any]:
-        self.seen.append(details.method)
-        return grpc.unary_unary_rpc_method_handler(lambda _request, _context: self.slot)
-
 
 @pytest.fixture
-def runtime() -> Iterator[Path]:
-    directory = Path("/run") / f"tdxd-front-{os.getpid()}"
-    for slot in ("a", "b"):
-        (directory / "serve" / slot).mkdir(parents=True)
-    yield directory
-    shutil.rmtree(directory)
-
-
-@pytest.fixture
-def backends(runtime: Path) -> Iterator[dict[str, Backend]]:
-    servers, handlers = [], {}
-    for slot in ("a", "b"):
-        server = grpc.server(futures.ThreadPoolExecutor(4))
-        handlers[slot] = Backend(slot)
-        server.add_generic_rpc_handlers((handlers[slot],))
-        path = runtime / "serve" / slot / "model.sock"
-        server.add_insecure_port(f"unix:{path}")
-        server.start()
-        path.chmod(0o777)
-        servers.append(server)
-    yield handlers
-    for server in servers:
-        server.stop(None).wait()
-
-
-@pytest.fixture
-def host() -> Iterator[Host]:
-    import dataclasses
-
-    children = proc.CellChildren()
-    yield dataclasses.replace(fake_host(), children=children)
-    children.close()
-
-
-class Running:
-    def __init__(self, front: Front, port: int, certificate: bytes) -> None:
-        self.front, self.port, self.certificate = front, port, certificate
-
-    def channel(self) -> grpc.Channel:
-        credentials = grpc.ssl_channel_credentials(self.certificate)
-        options = [
-            ("grpc.use_local_subchannel_pool", 1),
-            ("grpc.enable_http_proxy", 0),
-        ]
-        return grpc.secure_channel(
-            f"localhost:{self.port}", credentials, options=options
-        )
-
-    async def call(
-        self, channel: grpc.Channel, method: str, size_bytes: int = 100_000
-    ) -> bytes:
-        stub: Any = channel.unary_unary(method, None, None)
-        return await trio.to_thread.run_sync(
-            lambda: stub(b"x" * size_bytes, timeout=10, wait_for_ready=True)
-        )
-
-
-@pytest.fixture
-async def running(runtime: Path, host: Host, backends) -> AsyncIterator[Running]:
-    private, public = self_signed("localhost")
-    listener = listen_tcp(Address("127.0.0.1", 0))
-    port = listener.getsockname()[1]
-    front = start_front(
-        host=host,
-        config=ServingConfig(user="nobody", drain_timeout_s=1),
-        runtime_dir=str(runtime),
-        listener=listener,
-        certificate=private,
-        key="k",
-        active="a",
-    )
-    yield Running(front, port, public)
-    await front.stop(1)
-    async for _line in front.child.lines():
-        pass
-    listener.close()
+async def running(front_dir, host, backends) -> AsyncIterator[Running]:
+    config = ServingConfig(user="nobody", drain_timeout_s=1)
+    async with front_of(host, front_dir, config) as made:
+        yield made
 
 
 async def test_inference_and_status_pass(running, backends) -> None:
@@ -131,9 +35,10 @@ async def test_inference_and_status_pass(running, backends) -> None:
 
 
 async def test_whatever_changes_the_server_is_refused(running, backends) -> None:
-    with running.channel() as channel, pytest.raises(grpc.RpcError) as caught:
-        await running.call(channel, RELOAD, size_bytes=100)
-    assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    """In words that arrive, however long the request is."""
+    for size_bytes in (0, 100, 5_000_000):
+        code = await running.refusal(RELOAD, size_bytes)
+        assert code is grpc.StatusCode.UNIMPLEMENTED
     assert backends["a"].seen == []
 
 
@@ -163,11 +68,9 @@ async def test_streams_move_to_the_other_slot_without_a_failed_call(running) -> 
 
 async def test_without_a_model_server_the_status_is_unavailable(running) -> None:
     await running.front.forget("a")
-    with running.channel() as channel:
-        stub: Any = channel.unary_unary(PREDICT, None, None)
-        with pytest.raises(grpc.RpcError) as caught:
-            await trio.to_thread.run_sync(lambda: stub(b"", timeout=10))
-    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    for size_bytes in (0, 5_000_000):
+        code = await running.refusal(PREDICT, size_bytes)
+        assert code is grpc.StatusCode.UNAVAILABLE
 
 
 async def test_tls_1_2_is_refused(running) -> None:
@@ -182,8 +85,8 @@ async def test_tls_1_2_is_refused(running) -> None:
         context.wrap_socket(raw)
 
 
-async def test_no_private_key_lies_on_a_disk(running, runtime) -> None:
-    for path in runtime.rglob("*"):
+async def test_no_private_key_lies_on_a_disk(running, front_dir) -> None:
+    for path in front_dir.rglob("*"):
         if path.is_file():
             assert b"PRIVATE KEY" not in path.read_bytes(), path
 
@@ -204,3 +107,23 @@ def test_a_port_in_use_is_named_with_a_hint() -> None:
         with pytest.raises(HostError, match=f"listen on 127.0.0.1:{port}") as caught:
             listen_tcp(Address("127.0.0.1", port))
     assert f"another program uses port {port}" in caught.value.hint
+
+
+async def test_a_bad_certificate_is_refused_in_haproxys_words(host, front_dir) -> None:
+    """Before it runs, and nothing stays: no descriptor, no child."""
+    before = len(os.listdir("/proc/self/fd"))
+    with (
+        listen_tcp(Address("127.0.0.1", 0)) as listening,
+        pytest.raises(ServerExitedError, match="unable to load") as caught,
+    ):
+        await start_front(
+            host=host,
+            config=ServingConfig(user="nobody"),
+            runtime_dir=str(front_dir),
+            sockets=Sockets(grpc=listening),
+            certificates=Certificates(server=b"no certificate"),
+            key="k",
+            active="a",
+        )
+    assert "refuses the front's configuration" in caught.value.message
+    assert len(os.listdir("/proc/self/fd")) <= before + 1  # the shared network

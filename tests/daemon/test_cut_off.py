@@ -107,7 +107,7 @@ class Serving:
             nursery=nursery,
         )
         self.add("a", self.served)
-        self.one.front = Front(
+        self.one.door.front = Front(
             key="f",
             active="a",
             child=FakeChild("front", self.journal),

@@ -105,7 +105,8 @@ def test_the_guest_package_is_installed_upgraded_removed_and_purged(system) -> N
     check = "boot-complete.target.requires/tdxd-boot-check.service"
     assert system.exists(f"/etc/systemd/system/{check}")
     assert "tdxd:" in system.run("cat", "/etc/group")
-    assert "tdxd-serve:" in system.run("cat", "/etc/passwd")
+    for user in ("tdxd-serve", "tdxd-front"):
+        assert f"{user}:" in system.run("cat", "/etc/passwd")
     assert system.run("stat", "-c", "%U %a", "/etc/tdxd").split() == ["root", "755"]
     assert system.run("tdxd", "--version") == "tdxd 0.1.0\n"
 

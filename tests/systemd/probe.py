@@ -11,7 +11,7 @@ import trio
 
 from tdxd.core.config import Address
 from tdxd.guest.listener import listen_tcp
-from tdxd.guest.server import _fresh_directory
+from tdxd.guest.server_start import _fresh_directory
 from tdxd.host import mount
 from tdxd.host.ports import ChildSpec
 from tdxd.host.proc import CellChildren
@@ -34,7 +34,7 @@ async def start_and_stop_a_child(directory: str) -> None:
 def main() -> None:
     directory, port = sys.argv[1], int(sys.argv[2])
     mount.isolate()
-    _fresh_directory(f"{directory}/socket", USER)
+    _fresh_directory(f"{directory}/serve/socket", USER, USER)
     listen_tcp(Address("127.0.0.1", port)).close()
     trio.run(start_and_stop_a_child, directory)
     print("done")

@@ -11,7 +11,7 @@ import pytest
 
 from tdxd.core.config import ControlConfig, PlatformConfig, ServingConfig
 from tdxd.errors import EX_CONFIG
-from tdxd.guest import app, daemon
+from tdxd.guest import daemon, isolation, standstill
 from tests.systemd.units import (
     SYSTEMD,
     UNITS,
@@ -104,7 +104,7 @@ def test_users_and_directories(root):
         done = run("systemd-tmpfiles", "--create", f"--root={root}", conf)
         assert (done.returncode, done.stderr) == (0, "")
     users = [line.split(":") for line in (root / "etc/passwd").read_text().splitlines()]
-    assert sorted(user[0] for user in users) == ["tdx-keyd", "tdxd-serve"]
+    assert sorted(user[0] for user in users) == ["tdx-keyd", "tdxd-front", "tdxd-serve"]
     assert all(user[2] != "0" and user[6].endswith("nologin") for user in users)
     groups = (root / "etc/group").read_text()
     assert f"\n{ControlConfig().group}:" in f"\n{groups}"
@@ -140,13 +140,15 @@ def test_names_are_the_defaults_of_the_configuration():
     assert f"/run/{setting('tdxd.service', 'RuntimeDirectory')}" == control.runtime_dir
     platform = PlatformConfig()
     record = str(Path(platform.runtime_log).parent)
-    writable = [f"-{path}" for path in (platform.tsm, platform.rtmr, record)]
+    groups = "/sys/fs/cgroup/system.slice/tdxd.service"
+    writable = [f"-{path}" for path in (groups, platform.tsm, platform.rtmr, record)]
     assert settings("tdxd.service", "ReadWritePaths") == writable
     tmpfiles = (SYSTEMD / "tmpfiles.d" / "tdxd.conf").read_text()
     assert f"\nd {record} 0700 root root -\n" in tmpfiles
     made = (SYSTEMD / "sysusers.d" / "tdxd.conf").read_text()
     assert f"g {control.group} " in made
     assert f"u {ServingConfig().user} " in made
+    assert f"u {isolation.FRONT_USER} " in made
 
 
 def test_the_key_server_s_store_is_its_state_directory():
@@ -159,7 +161,7 @@ def test_times_fit_the_daemon():
     unit = "tdxd.service"
     assert seconds(setting(unit, "TimeoutStartSec")) > ServingConfig().ready_timeout_s
     assert seconds(setting(unit, "TimeoutStopSec")) > daemon._STOP_DEADLINE_S
-    assert seconds(setting(unit, "WatchdogSec")) >= app._SILENT_S
+    assert seconds(setting(unit, "WatchdogSec")) >= standstill.SILENT_S
     wait, limit = command("tdxd-boot-check.service", "ExecStart")[-2:]
     assert wait == "--timeout"
     timeout = setting("tdxd-boot-check.service", "TimeoutStartSec")
