@@ -20,8 +20,9 @@ from tdxd.guest.config_files import LoadedConfig
 from tdxd.guest.daemon import Daemon
 from tdxd.guest.events import Events
 from tdxd.guest.handover import State, decode_state
-from tdxd.guest.listener import Listeners
+from tdxd.guest.listener import Listener, Listeners
 from tdxd.guest.runtime_record import RuntimeRecord
+from tdxd.guest.standstill import SILENT_S
 from tdxd.guest.successor import Successor, mount_namespace
 from tdxd.host import log, machine, proc, routes
 from tdxd.host.exec_in_place import SIGNALS, Inherited, Program
@@ -29,9 +30,6 @@ from tdxd.host.ports import Host
 from tdxd.host.systemd import Notifier
 
 __all__ = ["check_machine", "fetch_bundles", "main", "take_over"]
-
-_SILENT_S = 30.0
-"""A reconciler that has not looked for this long hangs, unless an action is under way."""
 
 
 def check_machine(config: Config) -> None:
@@ -123,13 +121,8 @@ async def main(
     config = loaded.config
     listeners = Listeners(config, sockets, handed)
     runtime_dir, events = _make_runtime_dir(config), Events()
-    successor = Successor(
-        program,
-        notifier=notifier,
-        listeners=listeners,
-        runtime_dir=runtime_dir,
-        mapper=host.mapper.name,
-    )
+    around = {"runtime_dir": runtime_dir, "mapper": host.mapper.name}
+    successor = Successor(program, notifier=notifier, listeners=listeners, **around)
     record = RuntimeRecord(host.rtmr, config.platform, events=events)
     with _received_signals() as signals:
         async with trio.open_nursery() as nursery:
@@ -146,6 +139,8 @@ async def main(
             daemon.start(handed.daemon if handed else None)
             nursery.start_soon(control.serve, listeners.control, daemon)
             nursery.start_soon(_serve_health, listeners.health, daemon)
+            prove = partial(_serve_evidence, host=host, record=record)
+            nursery.start_soon(prove, listeners.evidence, daemon)
             await _until_told_to_stop(daemon, notifier, nursery, signals)
     daemon.events.emit("daemon.stopped")
     listeners.close()
@@ -180,6 +175,41 @@ async def _serve_health(listener: socket.socket | None, daemon: Daemon) -> None:
     from tdxd.guest import health
 
     await health.serve(listener, daemon)
+
+
+async def _serve_evidence(
+    listener: Listener, daemon: Daemon, *, host: Host, record: RuntimeRecord
+) -> None:
+    """Answer clients who ask for evidence once the configuration lets them; loads it only then."""
+
+    def wanted() -> bool:
+        serving = daemon.config.serving
+        return serving is not None and serving.attest
+
+    def served_key() -> bytes | None:
+        front = daemon.serving.front
+        return front.served_key or None if front is not None else None
+
+    await daemon.until(wanted)
+    from tdxd.guest import evidence_endpoint
+    from tdxd.guest.front_start import evidence_path
+    from tdxd.guest.prover import Prover
+
+    prover = Prover(
+        tsm=host.tsm,
+        record=record,
+        served_key=served_key,
+        standstill=daemon.standstill,
+        events=daemon.events,
+        counts=daemon.evidence,
+    )
+    path = evidence_path(daemon.config.control.runtime_dir)
+    try:
+        sock = listener.at(path, evidence_endpoint.listen_for_front)
+    except HostError as exc:  # after a reload: nothing else may suffer from it
+        daemon.events.emit("evidence.not_served", level="error", error=exc.message)
+        return
+    await evidence_endpoint.serve(sock, prover, daemon.standstill, wanted=wanted)
 
 
 async def _until_told_to_stop(
@@ -234,7 +264,7 @@ async def _watchdog(notifier: Notifier, daemon: Daemon) -> None:
         return
     while True:
         oldest = min(daemon.beats())
-        if trio.current_time() - oldest < _SILENT_S:
+        if trio.current_time() - oldest < SILENT_S:
             notifier.send(WATCHDOG="1")
         await trio.sleep(notifier.watchdog_s / 3)
 

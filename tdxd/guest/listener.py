@@ -102,8 +102,18 @@ class Listener:
             return
         self._address = handed.address
         self._socket.setblocking(False)
-        if not self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        if not self.sound:
             self.close()
+
+    @property
+    def sound(self) -> bool:
+        """Whether it still listens, or there is none.
+
+        It is one socket for all who inherited it: any of them can shut it down or disconnect it.
+        """
+        if self._socket is None:
+            return True
+        return bool(self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
 
     def at(
         self, address: str, make: Callable[[str], socket.socket] | None = None
@@ -112,7 +122,7 @@ class Listener:
 
         Raises: HostError.
         """
-        if self._socket is None or self._address != address:
+        if self._socket is None or self._address != address or not self.sound:
             self.close()
             self._socket = (make or _listen)(address)
             self._address = address
@@ -157,6 +167,8 @@ class Listeners:
         self._passed = passed
         self._control = Listener(handed.control if handed else None)
         self._health = Listener(handed.health if handed else None)
+        self.evidence = Listener(handed.evidence if handed else None)
+        """Of clients who ask through the front; made when the configuration wants it."""
         self.control = passed.get("control") or self._control.at(
             config.control.socket, partial(listen_unix, group=config.control.group)
         )
@@ -167,9 +179,10 @@ class Listeners:
         else:
             self._health.close()
 
-    def hand_over(self) -> tuple[HandedListener | None, HandedListener | None]:
-        """Return the control and the health socket, as far as they are ours."""
-        return self._control.hand_over(), self._health.hand_over()
+    def hand_over(self) -> tuple[HandedListener | None, ...]:
+        """Return the sockets for control, health and evidence, as far as they are ours."""
+        listeners = (self._control, self._health, self.evidence)
+        return tuple(one.hand_over() for one in listeners)
 
     def passed_fds(self) -> list[int]:
         """Return the descriptors of systemd's sockets."""

@@ -87,13 +87,14 @@ class Successor:
 
         Raises: HostError, and everything is as before.
         """
-        control, health = self._listeners.hand_over()
+        control, health, evidence = self._listeners.hand_over()
         state = State(
             runtime_dir=self._runtime_dir,
             mount_namespace=mount_namespace(),
             mapper=self._mapper,
             control=control,
             health=health,
+            evidence=evidence,
             daemon=daemon,
         )
         fds = [*descriptors(state), *self._listeners.passed_fds()]

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.system.test_measured import own_platform
 from tests.system.world import World, free_port, program, wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.slow]
@@ -34,7 +35,8 @@ def predict(world: World, port: int, *more: object):
 
 
 def serving(port: int) -> dict[str, Any]:
-    return {"listen": f"127.0.0.1:{port}", "user": "nobody", "drain_timeout_s": 1}
+    listen = f"127.0.0.1:{port}"
+    return {"listen": listen, "user": "nobody", "drain_timeout_s": 1, "attest": True}
 
 
 def answer(done) -> object:
@@ -49,7 +51,11 @@ def test_a_prediction_over_tls_and_every_fault_on_the_way(world: World) -> None:
         "serving": serving(port),
         "health": {"listen": f"127.0.0.1:{health}"},
     }
-    with world.key_server(), world.daemon(**config) as daemon:
+    with (
+        world.key_server(),
+        own_platform(world, "whole") as platform,
+        world.daemon(platform=platform, **config) as daemon,
+    ):
         waited = daemon.ctl("wait", "--timeout", "150")
         assert waited.returncode == 0, waited.stdout + daemon.log.read_text()
         assert answer(predict(world, port)) == [[3, 5, 7, 9]]
@@ -63,6 +69,7 @@ def test_a_prediction_over_tls_and_every_fault_on_the_way(world: World) -> None:
 
         check_probes(daemon, health)
         check_isolation(daemon, shown)
+        check_attested(world, daemon, port)
         check_killed_server(world, daemon, port)
         check_killed_front(world, daemon, port)
         check_unmount_and_mount(world, daemon, port)
@@ -102,6 +109,26 @@ def check_isolation(daemon, shown) -> None:
     mounts = Path(f"/proc/{server['pid']}/mountinfo").read_text()
     assert f"{run}/models/m" in mounts
     assert "volumes" not in mounts
+
+
+def check_attested(world: World, daemon, port: int) -> None:
+    """The guest proves itself through the front, also after its program was replaced."""
+    root = world.directory / "root.der"
+    if not root.exists():
+        shown = program("tdx-sim", "root", world.directory / "sim", "--der").stdout
+        root.write_bytes(Path(shown.strip()).read_bytes())
+    proof = (
+        *("--attest", world.directory / "policy.toml", "--attest-root", root),
+        *("--pccs", world.sim_ready["pccs"]),
+    )
+    for _ in range(2):
+        done = predict(world, port, *proof, "--expect-volume", "m")
+        assert answer(done) == [[3, 5, 7, 9]]
+        assert "attested: volume m generation 2, manifest sha256:" in done.stderr
+        daemon.reexec()
+    other = predict(world, port, *proof, "--expect-volume", "other")
+    assert other.returncode == 77
+    assert "does not serve the volume that is expected" in other.stderr
 
 
 def check_killed_server(world: World, daemon, port: int) -> None:

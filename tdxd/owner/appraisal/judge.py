@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import hmac
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from tdxd.core import keyrelease as protocol
 from tdxd.core.appraisal import (
@@ -32,10 +33,15 @@ from tdxd.owner.appraisal.appraise import (
     read_pck_identity,
     read_quote,
 )
-from tdxd.owner.collateral.cache import COLLATERAL_REASONS, CollateralCache, Prepared
+from tdxd.owner.collateral.examine import COLLATERAL_REASONS
+from tdxd.owner.collateral.prepared import Prepared
+
+if TYPE_CHECKING:  # it logs, which a client that judges does not
+    from tdxd.owner.collateral.cache import CollateralCache
 
 __all__ = [
     "QUOTE_FORM",
+    "REASONS",
     "EvidenceDigests",
     "Finding",
     "Judge",
@@ -91,15 +97,18 @@ _REASONS = {
 }
 """Reason codes by the name of the check; what stands not here is a measurement or a log."""
 _LOG_PREFIXES = ("event", "runtime")
+_LOG, _MEASUREMENT = "event-log", "measurements"
+REASONS = frozenset({*_REASONS.values(), _LOG, _MEASUREMENT})
+"""Everything that `reason_of` may say of a failure."""
 
 
 def reason_of(checks: Sequence[Check]) -> str:
     """Return the reason code of the first check that failed, or "" if none did."""
     for check in checks:
         if not check.ok:
-            other = "measurements"
+            other = _MEASUREMENT
             if check.name.startswith(_LOG_PREFIXES):
-                other = "event-log"
+                other = _LOG
             return _REASONS.get(check.name, other)
     return ""
 

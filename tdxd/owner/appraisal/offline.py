@@ -17,7 +17,9 @@ from tdxd.owner.appraisal.judge import (
     judge_volume,
     take_apart,
 )
-from tdxd.owner.collateral.cache import SetRules, Trust, examine, prepare
+from tdxd.owner.collateral.examine import SetRules, examine
+from tdxd.owner.collateral.prepared import prepare
+from tdxd.owner.collateral.verify import Trust
 
 __all__ = ["OfflineEvidence", "judge_offline"]
 
