@@ -30,6 +30,7 @@ TDXCTL_MAY = {
     "tdxd.core.wire",
     "tdxd.cli.boundary",
     "tdxd.cli.doctor_tables",
+    "tdxd.cli.passphrase",
     "tdxd.cli.status_tables",
 }
 

@@ -203,6 +203,11 @@ def _documents(
     for example in package.examples:
         path = here / example
         yield File(f"{folder}/examples/{path.name}", path)
+    if package.monitoring:
+        yield File(f"{folder}/monitoring/README.md", ROOT / "docs" / "monitoring.md")
+    for name in package.monitoring:
+        path = ROOT / "contrib" / "monitoring" / name
+        yield File(f"{folder}/monitoring/{name}", path)
 
 
 def _licences(package: Package, names: set[str]) -> Iterator[File]:

@@ -30,6 +30,8 @@ class Package:
     """Empty directories, for the administrator to fill."""
     examples: tuple[str, ...] = ()
     """Files beside this one that go to the examples of the documentation."""
+    monitoring: tuple[str, ...] = ()
+    """Files of contrib/monitoring that go to the documentation, with docs/monitoring.md."""
     left_out_distributions: tuple[str, ...] = ()
     """What a dependency requires, but does not need for what is done here."""
     left_out_files: tuple[str, ...] = ()
@@ -66,6 +68,7 @@ The Python libraries that it needs are in a private directory.""",
     recommends=("tdxd-model-server | tensorflow-model-server", "udev"),
     directories=("etc/tdxd",),
     examples=("tdxd/tdxd.toml",),
+    monitoring=("tdxd.rules.yml", "tdxd.dashboard.json"),
 )
 
 _OWNER = Package(
@@ -98,6 +101,7 @@ The Python libraries that they need are in a private directory.""",
         "cryptsetup-bin",
         "tdxd-model-server",  # its TensorFlow checks what tdx-convert made
     ),
+    monitoring=("tdx-keyd.rules.yml", "tdx-keyd.dashboard.json"),
 )
 
 _MODEL_SERVER = Package(

@@ -19,9 +19,11 @@ from typing import Any
 MODULES = (
     "daemon",
     "volume",
+    "sealing",
     "keyrelease",
     "keyrelease_load",
     "serving",
+    "endpoint",
     "guest",
 )
 _TIMEOUT_S = 1800.0

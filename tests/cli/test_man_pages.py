@@ -142,7 +142,7 @@ def test_the_configuration_page_names_every_key() -> None:
     plain = page_of("tdxd.toml.5").text
     tables = dict(
         re.findall(
-            r"^\.SH \[+(\w+)\]+\n(.*?)(?=^\.SH )", plain, re.MULTILINE | re.DOTALL
+            r"^\.SH \[+([\w.]+)\]+\n(.*?)(?=^\.SH )", plain, re.MULTILINE | re.DOTALL
         )
     )
     classes = {
@@ -151,11 +151,15 @@ def test_the_configuration_page_names_every_key() -> None:
         "volume": config.VolumeConfig,
         "mapping": config.MapperConfig,
         "serving": config.ServingConfig,
+        "serving.batching": config.BatchingConfig,
+        "serving.model": config.ServedModelConfig,
         "health": config.HealthConfig,
         "control": config.ControlConfig,
         "security": config.SecurityConfig,
     }
-    assert set(tables) == {field.name for field in dataclasses.fields(config.Config)}
+    assert set(tables) == set(classes)
+    top = {name for name in classes if "." not in name}
+    assert top == {field.name for field in dataclasses.fields(config.Config)}
     for name, text in tables.items():
         tags = " ".join(re.findall(r"^\.TP\n\.BR? (.*)$", text, flags=re.MULTILINE))
         in_page = set(re.findall(r"[a-z][a-z_]*", tags))

@@ -21,6 +21,7 @@ from tdxd.errors import ConfigError, HostError
 from tdxd.host.rpc import tls_channel
 from tdxd.owner.server.assembly import opened_server
 from tdxd.owner.server.init import InitOptions, init_store
+from tdxd.owner.server.metrics import Tally, Totals
 from tdxd.owner.server.workers import Supervisor, WorkerFailedError, reserve_port
 from tdxd.proto import keyrelease_pb2
 from tests.keyserver import in_server_loop
@@ -234,6 +235,7 @@ def supervisor(script, ready, ended, count=2):
         environment=dict(os.environ),
         on_ready=ready.append,
         on_end=lambda: ended.append(True),
+        totals=Totals(),
     )
 
 
@@ -347,7 +349,7 @@ def test_end_while_the_workers_start():
 
 
 def test_server_of_one_worker_answers(store):
-    with opened_server(store, 1) as server:
+    with opened_server(store, 1, tally=Tally()) as server:
         port = in_server_loop(server.start(Address("127.0.0.1", 0)))
         ca_pem = (store / "ca.pem").read_bytes()
         with contextlib.closing(tls_channel(Address("127.0.0.1", port), ca_pem)) as ch:

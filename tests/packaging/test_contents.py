@@ -85,6 +85,21 @@ def test_every_file_of_systemd_is_in_one_package() -> None:
     assert sorted(found) == sorted(want)
 
 
+def test_every_file_of_monitoring_is_in_one_package_with_the_document() -> None:
+    found: list[str] = []
+    for package in PACKAGES.values():
+        folder = f"usr/share/doc/{package.name}/monitoring/"
+        here = {
+            path.removeprefix(folder)
+            for path in paths_of(package)
+            if path.startswith(folder)
+        }
+        assert not here or "README.md" in here
+        found += here - {"README.md"}
+    want = [path.name for path in (ROOT / "contrib/monitoring").iterdir()]
+    assert sorted(found) == sorted(want)
+
+
 def test_the_guest_enables_its_units_and_the_owner_decides_himself() -> None:
     guest = units_of(contents(PACKAGES["tdxd"], "1", 0))
     enabled = ["tdxd-boot-check.service", "tdxd.service", "tdxd.socket"]

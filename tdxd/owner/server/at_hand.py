@@ -18,6 +18,7 @@ __all__ = ["AtHand", "WouldWaitError", "without_waiting"]
 
 _AT_HAND_S = 30.0
 _KEPT_MAX = 64
+_USED_S = 86400.0
 _here = threading.local()
 
 
@@ -71,3 +72,11 @@ class AtHand:
             self._kept = {}
         self._kept[key] = _Kept(value=value, got_s=now_s)
         return value
+
+    def used(self, now_s: float) -> list[tuple[str, str, Prepared]]:
+        """Return FMSPC, CA and set of what was used within a day and may be used."""
+        return [
+            (fmspc, ca, one.value)
+            for (fmspc, ca), one in list(self._kept.items())
+            if one.value.ok and now_s - one.got_s < _USED_S
+        ]

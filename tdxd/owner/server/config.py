@@ -22,6 +22,7 @@ __all__ = [
     "CollateralConfig",
     "KeydConfig",
     "KeysConfig",
+    "MetricsConfig",
     "RootConfig",
     "ServeConfig",
     "read_config",
@@ -82,6 +83,16 @@ class KeysConfig:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class MetricsConfig:
+    """The `[metrics]` table; without it nothing is shown. Whoever reaches it may read."""
+
+    listen: str = "127.0.0.1:9641"
+
+    def __post_init__(self) -> None:
+        parse_address(self.listen)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class KeydConfig:
     """The whole configuration; `deployment` is 16 bytes in hex, equal on all replicas."""
 
@@ -93,6 +104,7 @@ class KeydConfig:
     keys: KeysConfig = dataclasses.field(default_factory=KeysConfig)
     audit: AuditConfig = dataclasses.field(default_factory=AuditConfig)
     collateral: CollateralConfig = dataclasses.field(default_factory=CollateralConfig)
+    metrics: MetricsConfig | None = None
     root: tuple[RootConfig, ...] = ()
 
     def __post_init__(self) -> None:

@@ -27,7 +27,7 @@ from tdxd.owner.server.limits import Gate, Kind, LimitsConfig, peer_name
 if TYPE_CHECKING:
     import grpc.aio
 
-__all__ = ["RpcServer", "Service"]
+__all__ = ["OnEnd", "RpcServer", "Service"]
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
@@ -43,6 +43,8 @@ _AGE_MS = 600_000
 _AGE_GRACE_MS = 60_000
 
 _Handler = Callable[[bytes, str], bytes]
+OnEnd = Callable[[Kind, str, float], None]
+"""Hears of each call that has ended: its gRPC status, and how long it took in seconds."""
 
 
 class Service(Protocol):
@@ -70,11 +72,13 @@ class RpcServer:
         limits: LimitsConfig,
         *,
         share_port: bool,
+        on_end: OnEnd = lambda _kind, _code, _took_s: None,
     ) -> None:
         self._service = service
         self._tls = tls
         self._limits = limits
         self._share_port = share_port
+        self._on_end = on_end
         self._gate = Gate(limits, time.monotonic)
         self._receiving: dict[Any, float] = {}  # by context, oldest first
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="keyd")
@@ -133,10 +137,20 @@ class RpcServer:
     async def _challenge(self, _messages: object, context: Any) -> bytes:
         # For `doctor`, which compares the clocks; nothing rests on it.
         context.set_trailing_metadata(((protocol.CLOCK_KEY, str(int(time.time()))),))
-        return await self._call(Kind.CHALLENGE, self._service.challenge, context)
+        return await self._timed(Kind.CHALLENGE, self._service.challenge, context)
 
     async def _release(self, _messages: object, context: Any) -> bytes:
-        return await self._call(Kind.RELEASE, self._service.release, context)
+        return await self._timed(Kind.RELEASE, self._service.release, context)
+
+    async def _timed(self, kind: Kind, handler: _Handler, context: Any) -> bytes:
+        began_s, code = time.monotonic(), "CANCELLED"
+        try:
+            answer = await self._call(kind, handler, context)
+            code = "OK"
+            return answer
+        finally:
+            code = _aborted_with(context) or code
+            self._on_end(kind, code, time.monotonic() - began_s)
 
     async def _call(self, kind: Kind, handler: _Handler, context: Any) -> bytes:
         import grpc
@@ -212,3 +226,15 @@ class RpcServer:
         text = f"the request did not arrive within {self._limits.receive_s:g} s"
         with contextlib.suppress(grpc.aio.BaseError):  # AbortError, or it ended already
             await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, text)
+
+
+def _aborted_with(context: Any) -> str:
+    """Return the status that a call was aborted with, "" if it was not."""
+    import grpc
+
+    number = context.code()
+    if not number:
+        return ""
+    return next(
+        (one.name for one in grpc.StatusCode if number in (one, one.value[0])), ""
+    )

@@ -6,16 +6,18 @@ The parent reads the configuration and no key; each worker opens the store and i
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from pathlib import Path
 
 import structlog
 
-from tdxd.core.config import parse_address
+from tdxd.core.config import Address, parse_address
 from tdxd.host import machine, systemd
 from tdxd.host.log import configure
-from tdxd.owner.server.config import read_config
+from tdxd.owner.server.config import KeydConfig, read_config
+from tdxd.owner.server.metrics import Totals
 from tdxd.owner.server.workers import Supervisor, reserve_port, worker_command
 
 __all__ = ["serve"]
@@ -39,13 +41,14 @@ def serve(directory: Path, kek_file: Path | None = None) -> int:
     )  # before the log takes what it names: the workers log as well
     configure()
     config = read_config(directory)
-    with reserve_port(parse_address(config.listen)) as bound:
+    totals = Totals()
+    with (
+        reserve_port(parse_address(config.listen)) as bound,
+        _metrics(config, totals) as shown,
+    ):
 
         def ready(workers: int) -> None:
-            simulated = [root.file for root in config.root]
-            if simulated:
-                _log.warning("keyd.simulated_root_trusted", files=simulated)
-            _log.info("keyd.started", listen=str(bound), workers=workers)
+            _log_start(config, bound, workers, shown)
             notifier.send(READY="1", STATUS=f"listening on {bound}")
             sys.stdout.write(f"ready {bound}\n")
             sys.stdout.flush()
@@ -61,7 +64,29 @@ def serve(directory: Path, kek_file: Path | None = None) -> int:
             environment=environment,
             on_ready=ready,
             on_end=lambda: notifier.send(STOPPING="1"),
+            totals=totals,
         )
         supervisor.run()
     _log.info("keyd.stopped")
     return 0
+
+
+def _log_start(
+    config: KeydConfig, bound: Address, workers: int, shown: Address | None
+) -> None:
+    simulated = [root.file for root in config.root]
+    if simulated:
+        _log.warning("keyd.simulated_root_trusted", files=simulated)
+    more = {"metrics": str(shown)} if shown else {}
+    _log.info("keyd.started", listen=str(bound), workers=workers, **more)
+
+
+def _metrics(
+    config: KeydConfig, totals: Totals
+) -> contextlib.AbstractContextManager[Address | None]:
+    """Show the metrics, if the configuration says where; loads asyncio only now."""
+    if config.metrics is None:
+        return contextlib.nullcontext()
+    from tdxd.owner.server.metrics_server import metrics_server
+
+    return metrics_server(config.metrics, totals.text)

@@ -27,6 +27,7 @@ import structlog
 import tdxd
 from tdxd.core.config import Address
 from tdxd.errors import EX_OSERR, ConfigError, DataError, HostError, TdxdError
+from tdxd.owner.server.metrics import Totals
 
 __all__ = ["Supervisor", "WorkerFailedError", "reserve_port", "worker_command"]
 
@@ -38,6 +39,8 @@ _PROGRAM = (
 )
 _START_S = 60.0
 _STOP_S = 10.0
+_READ_BYTES = 65536
+_LINE_MAX_BYTES = 1024 * 1024
 _PAUSE_MIN_S = 0.2
 _PAUSE_MAX_S = 30.0
 _LIVED_S = 60.0
@@ -96,6 +99,8 @@ class _Worker:
     process: subprocess.Popen[bytes]
     started_s: float
     ready: bool = False
+    silent: bool = False
+    """Nothing more will come from it."""
     heard: bytes = b""
 
     @property
@@ -115,12 +120,14 @@ class Supervisor:
         environment: Mapping[str, str],
         on_ready: Callable[[int], None],
         on_end: Callable[[], None],
+        totals: Totals,
     ) -> None:
         self._command = command
         self._count = count
         self._environment = dict(environment)
         self._on_ready = on_ready
         self._on_end = on_end
+        self._totals = totals
         self._working: list[_Worker] = []
         self._coming: list[_Worker] = []
         self._pause_s = 0.0
@@ -168,6 +175,7 @@ class Supervisor:
 
     def _bury(self, worker: _Worker) -> None:
         self._working.remove(worker)
+        self._totals.restarts += 1
         self._close(worker)
         lived_s = time.monotonic() - worker.started_s
         grown_s = min(_PAUSE_MAX_S, max(_PAUSE_MIN_S, 2 * self._pause_s))
@@ -236,8 +244,8 @@ class Supervisor:
 
         Raises: TdxdError for a worker that says or shows that it cannot start.
         """
-        said = [one for one in (*self._working, *starting) if not one.ready]
-        talking = {one.stdout.fileno(): one for one in said}
+        everybody = (*self._working, *self._coming, *starting)
+        talking = {one.stdout.fileno(): one for one in everybody if not one.silent}
         fds = [caught.fileno(), *talking]
         found, _, _ = select.select(fds, [], [], timeout_s)
         for fd in found:
@@ -246,23 +254,33 @@ class Supervisor:
         return set(caught.recv(4096)) if caught.fileno() in found else set()
 
     def _hear(self, worker: _Worker, *, strict: bool) -> None:
-        data = os.read(worker.stdout.fileno(), 4096)
-        worker.heard += data
-        line, end, _ = worker.heard.partition(b"\n")
-        if end:
-            said: dict[str, Any] = json.loads(line)
-            worker.ready = True
-            if "error" in said and strict:
-                raise _failure(said)
-            if "error" in said:
-                _log.error("worker.failed", error=said["error"], hint=said["hint"])
-            elif not strict:
-                _log.info("worker.started", pid=worker.process.pid)
-        elif not data:
-            worker.ready = True  # nothing more will come
-            if strict:
+        data = os.read(worker.stdout.fileno(), _READ_BYTES)
+        *lines, worker.heard = (worker.heard + data).split(b"\n")
+        for line in lines:
+            if worker.ready:
+                self._add_counts(worker, line)
+            else:
+                self._started(worker, json.loads(line), strict=strict)
+        if not data or len(worker.heard) > _LINE_MAX_BYTES:
+            worker.silent = True
+            if strict and not worker.ready:
                 status = worker.process.wait(_STOP_S)
                 raise WorkerFailedError(f"a worker ended at its start, status {status}")
+
+    def _add_counts(self, worker: _Worker, line: bytes) -> None:
+        try:
+            self._totals.hear(worker.process.pid, line)
+        except DataError as exc:
+            _log.warning("worker.misheard", pid=worker.process.pid, error=exc.message)
+
+    def _started(self, worker: _Worker, said: dict[str, Any], *, strict: bool) -> None:
+        worker.ready = True
+        if "error" in said and strict:
+            raise _failure(said)
+        if "error" in said:
+            _log.error("worker.failed", error=said["error"], hint=said["hint"])
+        elif not strict:
+            _log.info("worker.started", pid=worker.process.pid)
 
     def _end(self, workers: Sequence[_Worker]) -> None:
         """End workers in order, then by force, and reap them."""
@@ -277,10 +295,19 @@ class Supervisor:
 
     def _close(self, worker: _Worker) -> None:
         worker.process.wait()
+        self._last_words(worker)
         for pipe in (worker.process.stdin, worker.process.stdout):
             assert pipe is not None
             with contextlib.suppress(BrokenPipeError):
                 pipe.close()
+
+    def _last_words(self, worker: _Worker) -> None:
+        """Hear what an ended worker had still to tell; a child of it may hold the pipe open."""
+        os.set_blocking(worker.stdout.fileno(), False)
+        with contextlib.suppress(BlockingIOError, TdxdError):
+            while not worker.silent:
+                self._hear(worker, strict=False)
+        self._totals.forget(worker.process.pid)
 
 
 def _failure(said: Mapping[str, Any]) -> TdxdError:
