@@ -154,9 +154,12 @@ class VolumeReconciler:
         return plan.forfeited(self._observe(), trio.current_time())
 
     def want(self, *, mounted: bool, leave: bool = False) -> None:
-        """Set what is wanted; an exchange or a mapping under way is given up if not."""
-        self.wanted = mounted and not leave
+        """Set what is wanted; an exchange or a mapping under way is given up if not.
+
+        What leaves stays unwanted, whatever is asked later: another one takes its place.
+        """
         self.leaving = self.leaving or leave
+        self.wanted = mounted and not self.leaving
         self._asked += 1
         if not self.wanted:
             self.give_up()

@@ -50,6 +50,8 @@ class VolumeDevice:
         self.looked = 0
         """What `asked` was when the last look that is done began."""
         self._looking: trio.Event | None = None
+        self._closing = False
+        """Whether the device is being closed: a look may find no device any more."""
         self._eyes, self._hands = (
             OwnThread(
                 spec.id,
@@ -128,7 +130,7 @@ class VolumeDevice:
             )
         before = (self.files, self.intact, self.looked)
         self.files, self.looked = files, asked
-        if self.mapped is mapped:
+        if self.mapped is mapped and not self._closing:
             self.intact = intact
         self._looking = None
         done.set()
@@ -152,7 +154,8 @@ class VolumeDevice:
     def offer(self, passphrase: Secret) -> None:
         """Take an operator's passphrase; it is wiped if it is not used.
 
-        Raises: UsageError for a volume that is not opened so, BusyError while another is tried.
+        Raises: UsageError for a volume that is not opened so, BusyError while another is tried or
+        the device is being closed.
         """
         if not self.spec.by_operator:
             passphrase.wipe()
@@ -164,6 +167,10 @@ class VolumeDevice:
             passphrase.wipe()
             text = f"volume {self.spec.id}: another passphrase is being tried"
             raise BusyError(text, hint="tdxctl status")
+        if self._closing:
+            passphrase.wipe()
+            text = f"volume {self.spec.id}: its device is being closed"
+            raise BusyError(text, hint="try again")
         if self.mapped is not None:
             passphrase.wipe()
             return
@@ -181,7 +188,10 @@ class VolumeDevice:
     # --- the steps ---
 
     async def map(self) -> None:
-        """Open the candidate that a manifest matches; the keys are wiped either way."""
+        """Open the candidate that a manifest matches; the keys are wiped either way.
+
+        Raises: ConfigError for what this machine cannot do: an operator may come unasked.
+        """
         bundles = self.bundles
         self._stop_work.clear()
 
@@ -192,6 +202,7 @@ class VolumeDevice:
             return mapped, path, block_stat.bytes_read(mapped.device) or 0
 
         try:
+            opening.check_mapper(self.spec, self._mapper)
             self.intact = True
             self.mapped, self.image, self.read_before = await self._hands.run(
                 "opening its image",
@@ -222,11 +233,15 @@ class VolumeDevice:
     async def unmap(self) -> None:
         """Close the device and all below it."""
         mapped = self._opened()
-        await self._hands.run(
-            f"closing {mapped.device}",
-            lambda: self._mapper.unmap(mapped),
-            allowance_s=_STEP_S,
-        )
+        self._closing = True
+        try:
+            await self._hands.run(
+                f"closing {mapped.device}",
+                lambda: self._mapper.unmap(mapped),
+                allowance_s=_STEP_S,
+            )
+        finally:
+            self._closing = False
         self.mapped, self.doubted, self.intact = None, False, True
 
     def adopt(self, handed: HandedVolume) -> None:

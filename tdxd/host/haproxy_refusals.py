@@ -2,7 +2,8 @@
 
 HAProxy's own answer to a request that has not arrived whole is followed by RST_STREAM(CANCEL), and
 a client then says CANCELLED, whatever the answer was (tried with 2.6: each time, from 300 KB on).
-So a service in Lua, which every distribution's HAProxy has, takes the rest first.
+So a service in Lua, which every distribution's HAProxy has, takes the rest first, to its very end
+if it is at most twice as long as a request may be.
 
 Source: HAProxy 2.6 configuration manual, http-request use-service; Lua API, AppletHTTP;
 "gRPC over HTTP2", section Responses, Trailers-Only.
@@ -41,7 +42,7 @@ core.register_service("refuse", "http", function(applet)
         local chunk = applet:receive(65536)
         local size = chunk and #chunk or 0
         taken = taken + size
-    until size == 0 or taken > limit
+    until size == 0 or taken > 2 * limit
     local refusal = refusals[applet:get_var("txn.refused")]
     applet:set_status(200)
     applet:add_header("content-type", "application/grpc")

@@ -1,13 +1,13 @@
 """What the kernel counts of this process, under the names that all of Prometheus' clients use.
 
-Source: proc_pid_stat(5); Prometheus, "Writing client libraries", process metrics.
+Source: proc_pid_stat(5); proc_stat(5), btime; Prometheus, "Writing client libraries", process
+metrics.
 """
 
 from __future__ import annotations
 
 import os
 import resource
-import time
 
 from tdxd.core.exposition import Family
 
@@ -22,8 +22,7 @@ def process_families() -> list[Family]:
     with open("/proc/self/stat", encoding="utf-8", errors="replace") as file:
         fields = file.read().rpartition(")")[2].split()
     tick_s = 1 / os.sysconf("SC_CLK_TCK")
-    up_s = time.clock_gettime(time.CLOCK_BOOTTIME)
-    start_s = time.time() - up_s + int(fields[_STARTTIME]) * tick_s
+    start_s = _boot_s() + int(fields[_STARTTIME]) * tick_s
     cpu_s = (int(fields[_UTIME]) + int(fields[_STIME])) * tick_s
     families = []
     for name, kind, about, value in (
@@ -48,3 +47,9 @@ def process_families() -> list[Family]:
         family.add(value)
         families.append(family)
     return families
+
+
+def _boot_s() -> int:
+    """Return when the machine was booted, unix time; its clock may be wrong."""
+    with open("/proc/stat", encoding="ascii") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("btime "))

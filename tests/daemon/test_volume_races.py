@@ -1,0 +1,179 @@
+"""What may come in the middle of a step of a volume: a reload, a stop, a late answer."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+
+from tdxd.core.plan import VolumeState
+from tdxd.core.secret import Secret
+from tdxd.errors import BusyError, ConfigError
+from tdxd.guest import volume_device
+from tdxd.guest.changes import Changes
+from tdxd.guest.daemon import Daemon
+from tdxd.guest.events import Events
+from tdxd.guest.own_thread import OwnThread
+from tdxd.host.ports import MappedVolume
+from tests.daemon.test_daemon import World
+from tests.daemon.test_foreign_volumes import WORD, ForeignWorld, until_asked, volume
+from tests.daemon.test_reexec import until_mounted
+from tests.fakes import FakeMapper
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    made = World(tmp_path)
+    made.image()
+    return made
+
+
+def hold_open(world: World) -> None:
+    """Let whatever is mounted be busy, so that closing takes its time."""
+    world.mounts.busy.update(world.mounts.table)
+
+
+def let_go(world: World, daemon: Daemon) -> None:
+    world.mounts.busy.clear()
+    daemon.changes.ring()
+
+
+async def closing(daemon: Daemon) -> None:
+    await daemon.until(lambda: volume(daemon)["state"] == "closing")
+
+
+async def test_a_change_that_is_taken_back_while_the_volume_closes(
+    world: World,
+) -> None:
+    before = world.config
+    (spec,) = before.volume
+    async with world.daemon() as daemon:
+        await until_mounted(daemon)
+        hold_open(world)
+        async with trio.open_nursery() as nursery:
+            optional = dataclasses.replace(spec, required=False)
+            world.config = dataclasses.replace(before, volume=(optional,))
+            nursery.start_soon(daemon.reload)
+            await closing(daemon)
+            world.config = before
+            nursery.start_soon(daemon.reload)
+            await trio.testing.wait_all_tasks_blocked()
+            let_go(world, daemon)
+        assert daemon.readiness() == (True, [], 0)
+        assert daemon.volume("model").mounted
+
+
+async def test_a_reload_does_not_hold_up_a_stop(world: World) -> None:
+    async with world.daemon() as daemon:
+        await until_mounted(daemon)
+        hold_open(world)
+        async with trio.open_nursery() as nursery:
+            stopped = trio.Event()
+
+            async def stop() -> None:
+                await daemon.stop()
+                stopped.set()
+
+            nursery.start_soon(stop)
+            await closing(daemon)
+            nursery.start_soon(daemon.reload)
+            await trio.testing.wait_all_tasks_blocked()
+            let_go(world, daemon)
+            with trio.fail_after(10):
+                await stopped.wait()
+            nursery.cancel_scope.cancel()
+
+
+class ClosingMapper(FakeMapper):
+    """Holds a look up until its device is being closed, and the closing until it was told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slow = False
+        self.closing, self.close = threading.Event(), threading.Event()
+
+    def intact(self, mapped: MappedVolume) -> bool:
+        if self.slow:
+            self.closing.wait(10)
+            return False
+        return super().intact(mapped)
+
+    def unmap(self, mapped: MappedVolume) -> None:
+        if self.slow:
+            self.closing.set()
+            self.close.wait(10)
+        super().unmap(mapped)
+
+
+async def test_a_look_that_ends_while_the_device_is_closed_is_no_alarm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It finds no device any more: a lease that ends must not look like a changed image."""
+    monkeypatch.setattr(volume_device, "_GLANCE_S", 0.05)
+    world, mapper = ForeignWorld(tmp_path), ClosingMapper()
+    world.use(mapper)
+    world.luks2()
+    async with world.daemon() as daemon:
+        await until_asked(daemon)
+        await daemon.mount("model", Secret(WORD))
+        mapper.slow = True
+        daemon.changes.ring()
+        one = daemon.volume("model")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(daemon.unmount, "model")
+            while not mapper.closing.is_set() or one.device._looking is not None:
+                await trio.sleep(0.01)
+            late = Secret(WORD)
+            with pytest.raises(BusyError, match="is being closed"):
+                await daemon.mount("model", late)
+            assert late.wiped
+            mapper.slow = False
+            mapper.close.set()
+        assert one.failure is None
+        told = one.last_error
+        assert told is None or told.code == "passphrase-needed"
+        await daemon.mount("model", Secret(WORD))
+
+
+async def test_writing_is_refused_in_words_also_with_a_passphrase(
+    tmp_path: Path,
+) -> None:
+    world = ForeignWorld(tmp_path)
+    world.configure(writable=True)
+    world.luks2()
+    async with world.daemon() as daemon:
+        await daemon.until(lambda: daemon.volume("model").failure is not None)
+        offered = Secret(WORD)
+        with pytest.raises(ConfigError, match="writable needs the mapper dm"):
+            await daemon.mount("model", offered)
+        assert offered.wiped
+        assert daemon.volume("model").state is VolumeState.FAILED
+
+
+async def test_what_ends_in_its_last_moment_is_not_stalled(
+    mock_clock: trio.testing.MockClock,
+) -> None:
+    """A step done when its time is up would have counted as stalled until the next one."""
+    for _ in range(20):  # trio draws the order of what wakes at the same time
+        async with trio.open_nursery() as nursery:
+            thread = OwnThread(
+                "model", changes=Changes(), events=Events(), nursery=nursery
+            )
+            watch = trio.CancelScope()
+            nursery.start_soon(thread._watch, watch, "opening", 5.0)
+
+            async def end(
+                watch: trio.CancelScope = watch, thread: OwnThread = thread
+            ) -> None:
+                await trio.sleep(5.0)
+                watch.cancel()  # as `run` does at its end
+                thread.stalled = None
+
+            nursery.start_soon(end)
+            await trio.testing.wait_all_tasks_blocked()
+            mock_clock.jump(5.0)
+        assert thread.stalled is None
