@@ -60,8 +60,11 @@ def contents(package: Package, version: str, epoch_s: int) -> tuple[File, ...]:
         distributions.holders(outside | needed), package.left_out_distributions
     )
     library: dict[str, bytes | Path] = {**messages}
+    generated = {"tensorflow", "tensorflow-serving-api"} if messages else set()
     for name in sorted(names):
         library |= distributions.runtime_files(name)
+    for name in sorted(names | generated):
+        library |= distributions.record(name)
     library |= {str(path.relative_to(ROOT)): path for path in modules.values()}
     library["tdxd/__init__.py"] = _versioned(version)
     files = [
@@ -72,7 +75,6 @@ def contents(package: Package, version: str, epoch_s: int) -> tuple[File, ...]:
     files += _programs(package)
     files += _system_files(package)
     files += _man_pages(package)
-    generated = {"tensorflow", "tensorflow-serving-api"} if messages else set()
     about = documents.copyright_file(package, names | generated, epoch_s)
     files += _documents(package, version, epoch_s, about)
     files += _licences(package, names)

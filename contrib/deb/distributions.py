@@ -112,6 +112,15 @@ def runtime_files(name: str) -> dict[str, Path]:
     return found
 
 
+def record(name: str) -> dict[str, Path]:
+    """Return the file by which a program learns a distribution's version, as above."""
+    return {
+        str(path): Path(str(path.locate()))
+        for path in _installed()[name].files or ()
+        if path.name == "METADATA" and path.parts[0].endswith(".dist-info")
+    }
+
+
 def licence_files(name: str) -> dict[str, Path]:
     """Return a distribution's licence texts, and those of what it took over: names and sources."""
     found = {}

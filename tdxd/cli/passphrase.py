@@ -6,6 +6,7 @@ line typed on the terminal. Imports little: `tdxctl` must start fast.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 
@@ -32,9 +33,10 @@ def from_fd(fd: int) -> bytes:
     _hide_memory()
     try:
         data = b"".join(_chunks(fd))
-    except OSError as exc:
+    except (OSError, OverflowError) as exc:
         hint = "in a shell: --passphrase-fd 3 3< FILE"
-        raise UsageError(f"{what}: {exc.strerror}", hint=hint) from exc
+        problem = exc.strerror if isinstance(exc, OSError) else "no such number"
+        raise UsageError(f"{what}: {problem}", hint=hint) from exc
     return _checked(data, what)
 
 
@@ -78,9 +80,8 @@ def asked_on_terminal(what: str) -> bytes:
         hint = "give it by --passphrase-fd"
         raise UsageError("no terminal to ask for a passphrase on", hint=hint) from exc
     try:
-        typed = _line_without_echo(fd, f"Passphrase of {what}: ".encode())
-    except OSError as exc:
-        raise HostError.of("ask on", _TERMINAL, exc) from exc
+        with _terminal_errors():
+            typed = _line_without_echo(fd, f"Passphrase of {what}: ".encode())
     finally:
         os.close(fd)
     return _checked(typed.removesuffix(b"\n"), "what was typed")
@@ -99,6 +100,19 @@ def _line_without_echo(fd: int, prompt: bytes) -> bytes:
     finally:
         termios.tcsetattr(fd, termios.TCSAFLUSH, before)
         os.write(fd, b"\n")
+
+
+@contextlib.contextmanager
+def _terminal_errors() -> Iterator[None]:
+    """Raise HostError for what the terminal refuses: termios has an error of its own."""
+    import termios
+
+    try:
+        yield
+    except OSError as exc:
+        raise HostError.of("ask on", _TERMINAL, exc) from exc
+    except termios.error as exc:
+        raise HostError("ask on", _TERMINAL, exc.args[0]) from exc
 
 
 def _chunks(fd: int) -> Iterator[bytes]:

@@ -234,7 +234,7 @@ class Daemon:
     def readiness(self) -> tuple[bool, list[str], int]:
         """Return (ready, reasons why not, exit code)."""
         ready, reasons = report.readiness(self.config, self._volumes, self.serving)
-        code = report.failure_exit_code(self._volumes, self.serving)
+        code = report.failure_exit_code(self.config, self._volumes, self.serving)
         return ready, reasons, 0 if ready else code
 
     def settled(self) -> bool:
@@ -330,7 +330,7 @@ class Daemon:
         """
 
         def failing() -> bool:
-            return report.failing(self._volumes, self.serving)
+            return report.failing(self.config, self._volumes, self.serving)
 
         await self.until(lambda: self.settled() and (self.readiness()[0] or failing()))
         ready, reasons, _code = self.readiness()

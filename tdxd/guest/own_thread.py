@@ -81,8 +81,6 @@ class OwnThread:
     ) -> None:
         with scope:
             await trio.sleep(allowance_s)
-            if scope.cancel_called:
-                return  # it ended in the same moment
             text = f"volume {self._volume_id}: {what} takes longer than {allowance_s:.0f} s"
             hint = (
                 "does the disk of the image answer? what waits goes on by itself then"

@@ -296,6 +296,8 @@ class VolumeReconciler:
                     volume=self.spec.id,
                     **error_fields(exc),
                 )
+            elif self._called_off(step.action):
+                pass  # and wanted again by now, perhaps: it begins anew
             elif self.wanted and not self._standstill.frozen:
                 news = self._network_news
                 self._failures.add(exc, image_tag=tag, at_once=news)
@@ -304,6 +306,9 @@ class VolumeReconciler:
         if self.mapped is None and not self.device.bundles:
             self.lease.end()
         self._changes.ring()
+
+    def _called_off(self, action: plan.VolumeAction) -> bool:
+        return isinstance(action, plan.Map) and self.device.given_up
 
     async def _do(self, action: plan.VolumeAction) -> None:
         match action:
@@ -374,7 +379,8 @@ class VolumeReconciler:
 
     def adopt(self, handed: HandedVolume) -> None:
         """Go on with what the program before this one opened; call it before `run`."""
-        self.wanted, self.leaving = handed.wanted, handed.leaving
+        self.leaving = handed.leaving
+        self.wanted = handed.wanted and not handed.leaving
         self.device.adopt(handed)
         self.lease.adopt(handed.lease)
         self._failures.told = handed.last_error

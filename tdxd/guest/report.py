@@ -74,9 +74,21 @@ def readiness(
     return not reasons, reasons
 
 
-def failing(volumes: list[VolumeReconciler], serving: ServingReconciler) -> bool:
+def _missing(config: Config, volumes: list[VolumeReconciler]) -> list[VolumeReconciler]:
+    """Return what keeps it from being ready; what is to come back closes as it was configured."""
+    required = {spec.id for spec in config.volume if spec.required}
+    return [
+        one
+        for one in volumes
+        if (one.spec.required or one.spec.id in required) and not one.mounted
+    ]
+
+
+def failing(
+    config: Config, volumes: list[VolumeReconciler], serving: ServingReconciler
+) -> bool:
     """Say whether what is not ready has an error to show, or no file to open."""
-    missing = [one for one in volumes if one.spec.required and not one.mounted]
+    missing = _missing(config, volumes)
     absent = VolumeState.ABSENT
     if missing:
         return all(one.failure is not None or one.state is absent for one in missing)
@@ -84,10 +96,10 @@ def failing(volumes: list[VolumeReconciler], serving: ServingReconciler) -> bool
 
 
 def failure_exit_code(
-    volumes: list[VolumeReconciler], serving: ServingReconciler
+    config: Config, volumes: list[VolumeReconciler], serving: ServingReconciler
 ) -> int:
     """Return the exit code for "not ready": 77 denied, the error's own for failed, else 75."""
-    failures = [one.failure for one in volumes if one.spec.required and not one.mounted]
+    failures = [one.failure for one in _missing(config, volumes)]
     if serving.state is not ServingState.READY:
         failures.append(serving.failure)
     standing = [one.error for one in failures if one is not None]

@@ -50,9 +50,10 @@ class VolumeDevice:
         self.looked = 0
         """What `asked` was when the last look that is done began."""
         self._looking: trio.Event | None = None
+        self._checking: trio.Event | None = None
         self._closing = False
         """Whether the device is being closed: a look may find no device any more."""
-        self._eyes, self._hands = (
+        self._eyes, self._touch, self._hands = (
             OwnThread(
                 spec.id,
                 changes=around.changes,
@@ -60,7 +61,7 @@ class VolumeDevice:
                 nursery=around.nursery,
                 only_looks=only_looks,
             )
-            for only_looks in (True, False)
+            for only_looks in (True, True, False)
         )
         self._changes, self._nursery = around.changes, around.nursery
         self._standstill = around.standstill
@@ -89,7 +90,7 @@ class VolumeDevice:
     @property
     def stalled(self) -> Failure | None:
         """What takes longer than it may just now."""
-        return self._hands.stalled or self._eyes.stalled
+        return self._hands.stalled or self._eyes.stalled or self._touch.stalled
 
     @property
     def image_tag(self) -> tuple[int, ...] | None:
@@ -106,36 +107,53 @@ class VolumeDevice:
         """See which files there are, and whether what is open is still what was opened.
 
         A look that takes longer than a second goes on by itself, and what was seen last counts:
-        else a disk could keep a lease from being renewed, or a volume from being closed.
+        else a disk could keep a lease from being renewed, or a volume from being closed. The device
+        has a thread of its own: a directory that does not answer hides no wrong block.
         """
+        if self._checking is None:
+            self._checking = trio.Event()
+            self._nursery.start_soon(self._check, self._checking)
         if self._looking is None:
             self._looking = trio.Event()
-            self._nursery.start_soon(self._look, self._looking, asked)
+            self._nursery.start_soon(self._look, self._looking, self._checking, asked)
         with trio.move_on_after(_GLANCE_S):
             await self._looking.wait()
 
-    async def _look(self, done: trio.Event, asked: int) -> None:
-        mapped = self.mapped
-
-        def look() -> tuple[tuple[ImageFile, ...], bool]:
-            files = images.candidates(self.spec.image)
-            try:
-                return files, mapped is None or self._mapper.intact(mapped)
-            except TdxdError:
-                return files, False  # nobody can say that it is
-
+    async def _look(self, done: trio.Event, checked: trio.Event, asked: int) -> None:
         with self._standstill.running(f"volume {self.spec.id}"):
-            files, intact = await self._eyes.run(
-                f"looking for {self.spec.image}", look, allowance_s=_STEP_S
+            files = await self._eyes.run(
+                f"looking for {self.spec.image}",
+                lambda: images.candidates(self.spec.image),
+                allowance_s=_STEP_S,
             )
-        before = (self.files, self.intact, self.looked)
+            await checked.wait()
+        before = (self.files, self.looked)
         self.files, self.looked = files, asked
-        if self.mapped is mapped and not self._closing:
-            self.intact = intact
         self._looking = None
         done.set()
-        if before != (self.files, self.intact, self.looked):
+        if before != (self.files, self.looked):
             self._changes.ring()
+
+    async def _check(self, done: trio.Event) -> None:
+        mapped = self.mapped
+        if mapped is not None:
+            with self._standstill.running(f"volume {self.spec.id}"):
+                intact = await self._touch.run(
+                    f"looking at {mapped.device}",
+                    lambda: self._is_intact(mapped),
+                    allowance_s=_STEP_S,
+                )
+            if self.mapped is mapped and not self._closing and self.intact != intact:
+                self.intact = intact
+                self._changes.ring()
+        self._checking = None
+        done.set()
+
+    def _is_intact(self, mapped: MappedVolume) -> bool:
+        try:
+            return self._mapper.intact(mapped)
+        except TdxdError:
+            return False  # nobody can say that it is
 
     # --- the keys ---
 
@@ -180,6 +198,11 @@ class VolumeDevice:
         """Wipe them."""
         opening.wipe(self.bundles)
         self.bundles = ()
+
+    @property
+    def given_up(self) -> bool:
+        """Whether the last mapping was called off."""
+        return self._stop_work.is_set()
 
     def give_up(self) -> None:
         """Call a mapping under way off, as soon as it can be."""
@@ -257,8 +280,8 @@ class VolumeDevice:
     async def close(self) -> None:
         """Close everything, whatever the state, within a time; for the last clean-up."""
         self.give_up()
-        self._eyes.abandon()
-        self._hands.abandon()
+        for thread in (self._eyes, self._touch, self._hands):
+            thread.abandon()
         point, mapped = self.mount_point, self.mapped
         self.forget_keys()
 

@@ -20,8 +20,14 @@ from typing import Any
 
 import pytest
 
+from tdxd.cli import passphrase
 from tdxd.core import wire
-from tdxd.errors import PassphraseNeededError, TdxdError, WrongPassphraseError
+from tdxd.errors import (
+    HostError,
+    PassphraseNeededError,
+    TdxdError,
+    WrongPassphraseError,
+)
 
 ROOT = Path(__file__).parents[2]
 WORD = b"correct horse \xc3\xa4 staple"
@@ -180,6 +186,20 @@ def test_nothing_typed_is_no_passphrase(daemon: Daemon, terminal: Terminal) -> N
     assert len(daemon.asked) == 1
 
 
+def test_whoever_gives_up_gets_the_terminal_back(
+    daemon: Daemon, terminal: Terminal
+) -> None:
+    terminal.until(b"Passphrase of volume m: ")
+    watched = os.open(f"/proc/{terminal.pid}/fd/0", os.O_RDWR | os.O_NOCTTY)
+    assert not termios.tcgetattr(watched)[3] & termios.ECHO
+    os.write(terminal.fd, b"ses\x03")
+    assert os.waitstatus_to_exitcode(os.waitpid(terminal.pid, 0)[1]) == 130
+    assert termios.tcgetattr(watched)[3] & termios.ECHO
+    os.close(watched)
+    os.close(terminal.fd)
+    assert len(daemon.asked) == 1
+
+
 def test_without_a_terminal_the_daemons_error_is_told(daemon: Daemon) -> None:
     done = run(daemon, stdin=subprocess.DEVNULL)
     assert done.returncode == 77
@@ -216,6 +236,8 @@ def test_from_a_file_with_the_newline_that_stands_there(
     ("options", "text"),
     [
         (("--passphrase-fd", "99"), "descriptor 99: Bad file descriptor"),
+        (("--passphrase-fd", "-1"), "descriptor -1: Bad file descriptor"),
+        (("--passphrase-fd", "9" * 12), "descriptor 999999999999: "),
         (("--passphrase-fd", "0"), "descriptor 0: the passphrase is empty"),
         (("--passphrase-file", "/dev/zero"), "longer than 512 bytes"),
         (("--passphrase-fd", "0", "--passphrase-file", "/x"), "give one of them"),
@@ -234,6 +256,15 @@ def test_no_such_file(daemon: Daemon) -> None:
     done = run(daemon, "--passphrase-file", "/none/word")
     assert done.returncode == 71
     assert "open /none/word: No such file" in done.stderr
+
+
+def test_a_terminal_that_hung_up_is_told_in_words(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(passphrase, "_TERMINAL", "/dev/null")
+    monkeypatch.setattr(passphrase, "_hide_memory", lambda: None)
+    with pytest.raises(HostError, match="ask on /dev/null"):
+        passphrase.asked_on_terminal("volume m")
 
 
 def test_no_argument_shows_it_while_the_program_has_it(daemon: Daemon) -> None:

@@ -347,3 +347,17 @@ async def test_what_one_volume_needs_is_wiped_for_each(world: ManyWorld) -> None
         await daemon.until(all_mounted(daemon, set(TEN) - {"m2"}))
         await daemon.until(lambda: daemon.volume("m2").state is VolumeState.BACKOFF)
         assert all(one.secret.wiped for one in world.server.bundles)  # type: ignore[attr-defined]
+
+
+async def test_a_reload_that_needs_what_still_hangs(world: ManyWorld) -> None:
+    """It was optional and is required now: the reload says so, and does not wait for the disk."""
+    world.have(*TEN, optional=("m0",))
+    world.disk.hang = {"m0"}
+    async with world.daemon() as daemon:
+        await daemon.until(lambda: daemon.volume("m0").stalled)
+        world.have(*TEN)
+        with pytest.raises(NotReadyError, match="volume m0 is closing"):
+            await daemon.reload()
+        assert daemon.readiness()[2] == 75
+        world.disk.answer()
+        await daemon.until(lambda: all(map(mounted(daemon), TEN)))

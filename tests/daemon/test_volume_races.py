@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import trio
 import trio.testing
 
+from tdxd.core.foreign import AnyBundle
 from tdxd.core.plan import VolumeState
 from tdxd.core.secret import Secret
 from tdxd.errors import BusyError, ConfigError
 from tdxd.guest import volume_device
-from tdxd.guest.changes import Changes
 from tdxd.guest.daemon import Daemon
-from tdxd.guest.events import Events
-from tdxd.guest.own_thread import OwnThread
+from tdxd.host import images
+from tdxd.host.images import ImageFile
 from tdxd.host.ports import MappedVolume
+from tdxd.host.workers import cancelled_error
 from tests.daemon.test_daemon import World
 from tests.daemon.test_foreign_volumes import WORD, ForeignWorld, until_asked, volume
-from tests.daemon.test_reexec import until_mounted
+from tests.daemon.test_reexec import first, run_next, until_mounted
 from tests.fakes import FakeMapper
 
 
@@ -125,7 +127,7 @@ async def test_a_look_that_ends_while_the_device_is_closed_is_no_alarm(
         one = daemon.volume("model")
         async with trio.open_nursery() as nursery:
             nursery.start_soon(daemon.unmount, "model")
-            while not mapper.closing.is_set() or one.device._looking is not None:
+            while not mapper.closing.is_set() or one.device._checking is not None:
                 await trio.sleep(0.01)
             late = Secret(WORD)
             with pytest.raises(BusyError, match="is being closed"):
@@ -154,26 +156,86 @@ async def test_writing_is_refused_in_words_also_with_a_passphrase(
         assert daemon.volume("model").state is VolumeState.FAILED
 
 
-async def test_what_ends_in_its_last_moment_is_not_stalled(
-    mock_clock: trio.testing.MockClock,
+async def test_a_wrong_block_is_seen_though_the_directory_does_not_answer(
+    world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A step done when its time is up would have counted as stalled until the next one."""
-    for _ in range(20):  # trio draws the order of what wakes at the same time
-        async with trio.open_nursery() as nursery:
-            thread = OwnThread(
-                "model", changes=Changes(), events=Events(), nursery=nursery
-            )
-            watch = trio.CancelScope()
-            nursery.start_soon(thread._watch, watch, "opening", 5.0)
+    """Else a host could have a volume pass for mounted, and ready, that gives nothing but EIO."""
+    monkeypatch.setattr(volume_device, "_GLANCE_S", 0.05)
+    answers, hung = threading.Event(), threading.Event()
+    real = images.candidates
 
-            async def end(
-                watch: trio.CancelScope = watch, thread: OwnThread = thread
-            ) -> None:
-                await trio.sleep(5.0)
-                watch.cancel()  # as `run` does at its end
-                thread.stalled = None
+    def candidates(pattern: str) -> tuple[ImageFile, ...]:
+        if hung.is_set():
+            answers.wait(60)
+        return real(pattern)
 
-            nursery.start_soon(end)
+    monkeypatch.setattr(images, "candidates", candidates)
+    try:
+        async with world.daemon() as daemon:
+            await until_mounted(daemon)
+            hung.set()
+            daemon.changes.ring()
             await trio.testing.wait_all_tasks_blocked()
-            mock_clock.jump(5.0)
-        assert thread.stalled is None
+            world.mapper.broken.update(world.mapper.open)
+            daemon.changes.ring()
+            with trio.fail_after(10):
+                await daemon.until(lambda: not daemon.readiness()[0])
+                await daemon.until(lambda: not world.mapper.open)
+            told = daemon.volume("model").last_error
+            assert told is not None
+            assert told.code == "volume-integrity"
+            answers.set()
+    finally:
+        answers.set()
+
+
+class SlowMapper(FakeMapper):
+    """Opens an image when it is told to, or stops when it was called off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside, self.go_on = threading.Event(), threading.Event()
+
+    def map_volume(
+        self,
+        image: str,
+        bundle: AnyBundle,
+        *,
+        cancelled: Callable[[], bool],
+        writable: bool = False,
+    ) -> MappedVolume:
+        self.inside.set()
+        self.go_on.wait(10)
+        if cancelled():
+            raise cancelled_error(image)
+        return super().map_volume(image, bundle, cancelled=cancelled, writable=writable)
+
+
+async def test_a_mapping_that_was_called_off_is_no_failure(world: World) -> None:
+    """Nobody wants it, and then somebody does, before the thread has noticed."""
+    mapper = SlowMapper()
+    world.mapper = mapper
+    world.host = dataclasses.replace(world.host, mapper=mapper)  # type: ignore[arg-type]
+    async with world.daemon() as daemon:
+        await trio.to_thread.run_sync(mapper.inside.wait, 10)
+        daemon.volume("model").want(mounted=False)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(daemon.mount, "model")
+            await trio.testing.wait_all_tasks_blocked()
+            mapper.go_on.set()
+        assert daemon.volume("model").mounted
+        assert daemon.volume("model").last_error is None
+
+
+async def test_what_was_leaving_leaves_in_the_next_program(world: World) -> None:
+    """An older program could want what leaves: such a volume was neither there nor gone."""
+    handed = await first(world, until_mounted)
+    (one,) = handed.volumes
+    torn = dataclasses.replace(one, wanted=True, leaving=True)
+    handed = dataclasses.replace(handed, volumes=(torn,))
+
+    async def use(daemon: Daemon) -> None:
+        with trio.fail_after(10):
+            await daemon.until(lambda: daemon.readiness()[0])
+
+    await run_next(world, handed, use)

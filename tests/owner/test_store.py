@@ -78,11 +78,15 @@ def test_opening_nothing_says_how_to_make_one(tmp_path):
     assert "tdx-keyd init" in caught.value.hint
 
 
-def test_other_schema_is_refused(tmp_path, store):
+@pytest.mark.parametrize(("version", "hint"), [(1, "tdx-keyd init"), (4, "newer")])
+def test_other_schema_is_refused(tmp_path, store, version, hint):
+    """A store of a newer program is whole: nobody must be told to throw it away."""
     with store.transaction() as change:
-        change.set_meta("schema", 1)
-    with pytest.raises(ConfigError, match="schema version 1, not 3"):
+        change.set_meta("schema", version)
+    with pytest.raises(ConfigError, match=f"schema version {version}, not 3") as caught:
         Store.open(tmp_path)
+    assert hint in caught.value.hint
+    assert ("init" in caught.value.hint) == (version < 3)
 
 
 def test_file_that_is_no_database(tmp_path):

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 
+from tdxd.core.server_flags import parse_version
 from tests.model_server.running import Caller, running_server
 from tests.packaging.unpacked import ROOT, installed
 
@@ -88,6 +89,18 @@ def test_it_serves_models_where_it_is_installed(unpacked, models, tmp_path) -> N
     flags = [config_of(models, tmp_path)]
     with running_server(tmp_path, *flags, program=program) as running:
         check_answers(running, models)
+
+
+def test_it_says_who_it_is(unpacked) -> None:
+    """The daemon asks it before it starts it."""
+    program = [*installed(unpacked("tdxd-model-server")), "tdx-model-server"]
+    done = subprocess.run(
+        [*program, "--version"], check=True, capture_output=True, text=True
+    )
+    version = parse_version(done.stdout)
+    assert version is not None
+    assert version.kind == "drop-in"
+    assert version.usable
 
 
 def test_what_serving_does_not_use_is_left_out(unpacked) -> None:

@@ -160,10 +160,11 @@ class Store:
                 version = upgrade(store._sqlite)
         if version != SCHEMA_VERSION:
             store.close()
-            raise ConfigError(
-                f"{path} has schema version {version}, not {SCHEMA_VERSION}",
-                hint="make a new store with tdx-keyd init and add the bundles again",
-            )
+            hint = "make a new store with tdx-keyd init and add the bundles again"
+            if isinstance(version, int) and version > SCHEMA_VERSION:
+                hint = "a newer tdx-keyd made it, and reads it: install that"
+            text = f"{path} has schema version {version}, not {SCHEMA_VERSION}"
+            raise ConfigError(text, hint=hint)
         return store
 
     def close(self) -> None:
