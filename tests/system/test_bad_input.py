@@ -45,7 +45,8 @@ def fails(
         assert health.returncode == exit_code
         assert "not ready: volume m is" in health.stdout
         told = daemon.ctl("status").stdout
-        for text in (*texts, shown["error"]["hint"]):  # a next attempt may be named anew
+        # A next attempt may have names of its own in its message.
+        for text in (*texts, shown["error"]["hint"]):
             assert text in told
 
 
