@@ -26,14 +26,14 @@ def installed() -> set[str]:
 
 
 @pytest.fixture
-def owner(served: Observed, installed: set[str]) -> Observed:
+def owner(opened: Observed, installed: set[str]) -> Observed:
     """The guest with a key server of its own; the one that releases its key is elsewhere."""
-    machine = served.machine
+    machine = opened.machine
     if str(machine.directory) not in installed:
         machine.run("dpkg --install /srv/more/tdxd-owner_*.deb", timeout_s=300)
         machine.run(f"tdx-keyd init {STORE} --name keys.example --listen {LISTEN}")
         installed.add(str(machine.directory))
-    return served
+    return opened
 
 
 def test_it_runs_sandboxed(owner: Observed) -> None:

@@ -9,6 +9,9 @@ from __future__ import annotations
 import base64
 import os
 import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -105,11 +108,9 @@ cat > "/run/cores/$1.$2"
 """
 
 
-@pytest.mark.parametrize("whom", ["tdxd", "haproxy", "tdx-model-server"])
-def test_no_secret_in_a_core_dump(
-    served: Observed, searched: list[bytes], whom: str
-) -> None:
-    """A handler that the kernel pipes cores to gets no memory, whatever the limit of cores says."""
+@contextmanager
+def cores(served: Observed) -> Iterator[None]:
+    """Have the kernel pipe cores to a handler that keeps them."""
     served.machine.write_file(HANDLER, CORE_HANDLER.encode())
     served.machine.run(
         f"mkdir -p /run/cores; chmod 755 {HANDLER}; "
@@ -119,24 +120,64 @@ def test_no_secret_in_a_core_dump(
         # A process that hides nothing is dumped: the handler works.
         served.machine.run("sh -c 'kill -SEGV $$'", check=False)
         served.machine.wait_until("ls /run/cores/sh.*")
-        pid = {
-            "tdxd": served.main_pid,
-            "haproxy": lambda: served.serving()["front_pid"],
-            "tdx-model-server": served.server_pid,
-        }[whom]()
-        served.machine.run(f"kill -SEGV {pid}")
-        served.machine.wait_until(f"! test -d /proc/{pid}")
-        names = served.machine.output("ls /run/cores").split()
-        for name in names:
-            if name.endswith(f".{pid}"):
-                core = served.machine.read_file(f"/run/cores/{name}")
-                assert [one for one in searched if one in core] == []
-                assert len(core) < 2**20, f"{name} holds memory"
+        yield
     finally:
         served.machine.run(
             "echo core > /proc/sys/kernel/core_pattern; rm -r /run/cores"
         )
-        served.until_serving()
+
+
+def crash(served: Observed, searched: list[bytes], pid: int) -> None:
+    """Have a process dump its core, and look into what came of it."""
+    with cores(served):
+        served.machine.run(f"kill -SEGV {pid}")
+        served.machine.wait_until(f"! test -d /proc/{pid}")
+        for name in served.machine.output("ls /run/cores").split():
+            if name.endswith(f".{pid}"):
+                core = served.machine.read_file(f"/run/cores/{name}")
+                assert [one for one in searched if one in core] == []
+                assert len(core) < 2**20, f"{name} holds memory"
+
+
+def test_a_front_that_crashes_tells_nothing_and_is_started_again(
+    served: Observed, searched: list[bytes]
+) -> None:
+    """A handler that the kernel pipes cores to gets no memory, whatever the limit of cores says."""
+    old = served.serving()["front_pid"]
+    crash(served, searched, old)
+    served.until(
+        lambda: served.serving().get("front_pid") not in (None, old), "a new front"
+    )
+    served.until_serving()
+    served.predict_ok()
+
+
+def test_a_model_server_that_crashes_tells_nothing_and_is_started_again(
+    served: Observed, searched: list[bytes]
+) -> None:
+    old = served.server_pid()
+    assert old is not None
+    crash(served, searched, old)
+    served.until(lambda: served.server_pid() not in (None, old), "a new model server")
+    served.until_serving()
+    served.predict_ok()
+
+
+def test_a_daemon_that_crashes_tells_nothing_is_swept_and_serves_again(
+    served: Observed, searched: list[bytes]
+) -> None:
+    before, old = served.holdings(), served.main_pid()
+    attested = len(served.events("volume.attesting"))
+    crashed = time.monotonic()
+    crash(served, searched, old)
+    served.until_pid_changes(old)
+    served.until_serving()
+    print(f"gap after a crash of tdxd: {time.monotonic() - crashed:.1f} s")
+    served.predict_ok()
+    assert len(served.events("volume.attesting")) > attested
+    after = served.holdings()
+    assert (after.counts(), after.networks) == (before.counts(), before.networks)
+    assert not set(after.children) & set(before.children)
 
 
 @pytest.mark.ends_the_guest
