@@ -6,6 +6,8 @@ import dataclasses
 import gc
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tdxd.core.dm_table import OURS
@@ -49,11 +51,14 @@ def held(under: str) -> Held:
     )
 
 
-def assert_only(before: Held, under: str) -> None:
-    """Check that nothing is held but what was before.
+@contextmanager
+def nothing_left(under: str) -> Iterator[None]:
+    """Check that after a with block nothing is held but what was before.
 
     A loop device goes with its last user, which can be one that looks at every new device.
     """
+    before = held(under)
+    yield
     deadline = time.monotonic() + 5
     while (now := held(under)) != before and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -21,7 +21,13 @@ from tdxd.errors import HostError, IntegrityError
 from tdxd.host import image_file, machine
 from tdxd.host.workers import cancelled_error
 
-__all__ = ["ForeignImage", "read_foreign", "spare_memory_bytes", "unlocked"]
+__all__ = [
+    "ForeignImage",
+    "read_foreign",
+    "read_image",
+    "spare_memory_bytes",
+    "unlocked",
+]
 
 _POLL_S = 0.1
 
@@ -32,13 +38,19 @@ class ForeignImage:
 
     path: str
     header: Luks2Header
-    region: bytes | bytearray
+    region: bytearray
+    image_bytes: int
+
+    @property
+    def header_sha256(self) -> bytes:
+        """The digest that pins header and keyslots in a manifest."""
+        return hashlib.sha256(self.region).digest()
 
 
-def read_foreign(path: str, fd: int, manifest: ForeignManifest) -> ForeignImage:
+def read_image(path: str, fd: int) -> ForeignImage:
     """Read and validate what lies before the payload, each byte once.
 
-    Raises: BadHeaderError; IntegrityError if the manifest pins another header; HostError.
+    Raises: BadHeaderError, HostError.
     """
     size = image_file.size_bytes(path, fd)
     copies = image_file.read_range(path, fd, 0, COPIES_BYTES)
@@ -49,15 +61,24 @@ def read_foreign(path: str, fd: int, manifest: ForeignManifest) -> ForeignImage:
     with memoryview(region)[COPIES_BYTES:] as areas:
         got = image_file.read_into(path, fd, COPIES_BYTES, areas)
     del region[COPIES_BYTES + got :]
+    return ForeignImage(path=path, header=header, region=region, image_bytes=size)
+
+
+def read_foreign(path: str, fd: int, manifest: ForeignManifest) -> ForeignImage:
+    """Read an image that must have the header that the manifest pins, if it pins one.
+
+    Raises: BadHeaderError; IntegrityError if the manifest pins another header; HostError.
+    """
+    image = read_image(path, fd)
     pinned = manifest.header_sha256
-    if pinned and not hmac.compare_digest(hashlib.sha256(region).digest(), pinned):
+    if pinned and not hmac.compare_digest(image.header_sha256, pinned):
         name = f"{manifest.volume_id} generation {manifest.generation}"
         raise IntegrityError(
             f"{path}: its header is not the one that belongs to {name}",
             hint="the file was changed, or is another image; if you changed a keyslot, add the "
             "volume to the key server again",
         )
-    return ForeignImage(path=path, header=header, region=region)
+    return image
 
 
 @contextlib.contextmanager

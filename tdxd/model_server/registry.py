@@ -13,13 +13,19 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import grpc
-import numpy.typing as npt
 
 from tdxd.model_server.failure import RpcFailure
 
+TYPE_CHECKING = False  # numpy takes time that --version does not have
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    Array = npt.NDArray[Any]
+else:
+    Array = Any
+
 __all__ = ["Array", "Registry", "Runner", "Servable", "State", "VersionState"]
 
-Array = npt.NDArray[Any]
 Runner = Callable[[Mapping[str, Array]], Mapping[str, Array]]
 """Executes one signature: inputs by alias to outputs by alias."""
 

@@ -29,7 +29,7 @@ from tests import luks2_genuine
 from tests.attacks.luks2_images import HOST_PLAINTEXT, IMAGES, changed_between_reads
 from tests.contract.test_mapper import MAPPERS, needs_dm
 from tests.foreign_image import Foreign, foreign
-from tests.leftovers import assert_only, held
+from tests.leftovers import nothing_left
 from tests.luks2_genuine import OWNER_PLAINTEXT, PASSPHRASE, PAYLOAD_OFFSET_BYTES
 
 pytestmark = pytest.mark.root
@@ -65,9 +65,8 @@ def genuine(tmp_path_factory) -> Foreign:
 @pytest.fixture(autouse=True)
 def _nothing_left(genuine) -> Iterator[None]:
     """No descriptor, worker, loop device, mapping or mount outlives a test."""
-    before = held(str(genuine.path.parent))
-    yield
-    assert_only(before, str(genuine.path.parent))
+    with nothing_left(str(genuine.path.parent)):
+        yield
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from tdxd.errors import IntegrityError
 from tdxd.host.memory_map import MemoryMapper
 from tests import reference_image
 from tests.attacks.images import assert_refused, at_block, flip, opened
-from tests.leftovers import held
+from tests.leftovers import nothing_left
 from tests.reference_image import Reference
 
 pytestmark = pytest.mark.root
@@ -26,9 +26,8 @@ WRONG_BLOCK = "is not what was sealed"
 
 @pytest.fixture(autouse=True)
 def _nothing_left(tmp_path: Path) -> Iterator[None]:
-    before = held(str(tmp_path))
-    yield
-    assert held(str(tmp_path)) == before
+    with nothing_left(str(tmp_path)):
+        yield
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from tdxd.host.workers import Workers
 from tests import reference_image
 from tests.attacks.images import opened
 from tests.contract.test_mapper import MAPPERS, needs_dm
-from tests.leftovers import held
+from tests.leftovers import nothing_left
 from tests.reference_image import Reference
 
 pytestmark = pytest.mark.root
@@ -31,9 +31,8 @@ TREE_END_BYTES = (DATA_BLOCKS + 1) * 4096
 
 @pytest.fixture(autouse=True)
 def _nothing_left(tmp_path: Path) -> Iterator[None]:
-    before = held(str(tmp_path))
-    yield
-    assert held(str(tmp_path)) == before
+    with nothing_left(str(tmp_path)):
+        yield
 
 
 @pytest.fixture(params=["memory", pytest.param("dm", marks=needs_dm)])

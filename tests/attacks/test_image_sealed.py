@@ -33,7 +33,7 @@ from tests.attacks.images import (
     opened,
 )
 from tests.contract.test_mapper import MAPPERS, needs_dm
-from tests.leftovers import held
+from tests.leftovers import nothing_left
 from tests.reference_image import PAYLOAD_OFFSET, Reference
 
 pytestmark = pytest.mark.root
@@ -48,9 +48,8 @@ DATA = os.urandom(DATA_BLOCKS * 4096)
 
 @pytest.fixture(autouse=True)
 def _nothing_left(tmp_path: Path) -> Iterator[None]:
-    before = held(str(tmp_path))
-    yield
-    assert held(str(tmp_path)) == before
+    with nothing_left(str(tmp_path)):
+        yield
 
 
 @pytest.fixture(params=["memory", pytest.param("dm", marks=needs_dm)])

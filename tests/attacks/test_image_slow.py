@@ -18,7 +18,7 @@ from tests import reference_image
 from tests.attacks.faulty_file import FaultyFile, faulty_file
 from tests.attacks.images import Outcome, opened, read_blocks
 from tests.contract.test_mapper import MAPPERS, needs_dm
-from tests.leftovers import held
+from tests.leftovers import nothing_left
 from tests.reference_image import PAYLOAD_OFFSET, Reference
 
 pytestmark = pytest.mark.root
@@ -30,9 +30,8 @@ LIMIT_S = 30.0
 
 @pytest.fixture(autouse=True)
 def _nothing_left(tmp_path: Path, mounted: FaultyFile) -> Iterator[None]:
-    before = held(str(tmp_path))
-    yield
-    assert held(str(tmp_path)) == before
+    with nothing_left(str(tmp_path)):
+        yield
 
 
 @pytest.fixture(params=["memory", pytest.param("dm", marks=needs_dm)])

@@ -29,7 +29,7 @@ from tdxd.host.workers import never
 from tests import luks2_genuine, reference_image
 from tests.contract.test_mapper import MAPPERS, needs_dm
 from tests.foreign_image import Foreign, foreign
-from tests.leftovers import assert_only, held
+from tests.leftovers import nothing_left
 
 pytestmark = pytest.mark.root
 
@@ -56,9 +56,8 @@ def small(tmp_path) -> Foreign:
 
 @pytest.fixture(autouse=True)
 def _nothing_left(tmp_path) -> Iterator[None]:
-    before = held(str(tmp_path))
-    yield
-    assert_only(before, str(tmp_path))
+    with nothing_left(str(tmp_path)):
+        yield
 
 
 def read_device(mapped: MappedVolume) -> bytes:

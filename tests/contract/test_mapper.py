@@ -24,7 +24,7 @@ from tdxd.host.mount import KernelMounts
 from tdxd.host.ports import MappedVolume, Mapper
 from tdxd.host.workers import never
 from tests import reference_image
-from tests.leftovers import assert_only, held, loops_and_mappings
+from tests.leftovers import loops_and_mappings, nothing_left
 
 pytestmark = pytest.mark.root
 
@@ -60,9 +60,8 @@ def image(tmp_path, content) -> reference_image.Reference:
 
 @pytest.fixture(autouse=True)
 def _nothing_left(tmp_path) -> Iterator[None]:
-    before = held(str(tmp_path))
-    yield
-    assert_only(before, str(tmp_path))
+    with nothing_left(str(tmp_path)):
+        yield
 
 
 def read_device(mapped: MappedVolume) -> bytes:
