@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tdxd.cli.keyd_verbs import add_kek, add_verb, now_s, print_json
-from tdxd.errors import DataError, HostError, UsageError
+from tdxd.cli.keyd_verbs import (
+    add_kek,
+    add_verb,
+    now_s,
+    print_json,
+    warn,
+    warn_of_readers,
+)
+from tdxd.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from tdxd.core.foreign import PassphraseBundle
@@ -124,7 +130,7 @@ def _passphrases(options: argparse.Namespace) -> Iterator[PassphraseBundle]:
     from tdxd.owner.foreign.secret_json import chosen, parse_secret_json
 
     file = options.from_secret_json
-    _warn_of_readers(file)
+    warn_of_readers(file)
     found = parse_secret_json(read_bytes(file), source=str(file))
     wanted = chosen(found, options.ids, source=str(file))
     if options.image is not None and len(wanted) != 1:
@@ -132,7 +138,7 @@ def _passphrases(options: argparse.Namespace) -> Iterator[PassphraseBundle]:
         raise UsageError(text, hint="choose it by --id APP_ID")
     for volume_id, one in wanted.items():
         if one.shortened and options.image is None:
-            _warn(
+            warn(
                 f"{volume_id}: the reference's mount script shortens such a value; the image "
                 "may have been made with what it leaves: try it with --image"
             )
@@ -146,7 +152,7 @@ def _bundle(
 
     if image is None:
         digest = b""
-        _warn(
+        warn(
             f"{volume_id}: the header is not pinned: any LUKS2 header that this passphrase opens "
             "will do; --image IMAGE pins it"
         )
@@ -155,7 +161,7 @@ def _bundle(
 
         digest = pin_header(image, secret)
     if len(secret) < _SHORT_BYTES:
-        _warn(
+        warn(
             f"{volume_id}: the passphrase has fewer than {_SHORT_BYTES} bytes: the host has the "
             "image, and may guess at it for ever"
         )
@@ -188,7 +194,7 @@ def _read_passphrase(options: argparse.Namespace) -> Secret:
     if options.passphrase_fd is not None:
         return Secret(passphrase.from_fd(options.passphrase_fd))
     if options.passphrase_file is not None:
-        _warn_of_readers(options.passphrase_file)
+        warn_of_readers(options.passphrase_file)
         return Secret(passphrase.from_file(str(options.passphrase_file)))
     if not passphrase.has_terminal():
         hint = "use --passphrase-fd or --passphrase-file"
@@ -200,19 +206,6 @@ def _read_passphrase(options: argparse.Namespace) -> Secret:
                 typed.wipe()
                 raise DataError("the two passphrases differ")
     return typed
-
-
-def _warn_of_readers(path: Path) -> None:
-    try:
-        mode = path.stat().st_mode & 0o777
-    except OSError as exc:
-        raise HostError.of("read", str(path), exc) from exc
-    if mode & 0o077:
-        _warn(f"{path} has mode {mode:04o}, so others may read it")
-
-
-def _warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr)
 
 
 # --- what was added -----------------------------------------------------------

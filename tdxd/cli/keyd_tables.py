@@ -9,11 +9,11 @@ from tdxd.core.foreign import ForeignManifest
 from tdxd.core.showing import when
 from tdxd.owner.store.store import AuditRecord, GenerationRow, Store
 
-__all__ = ["audit_row", "header", "print_table", "volume", "when"]
+__all__ = ["audit_row", "header", "print_table", "secret", "volume", "when"]
 
 
 def volume(store: Store, volume_id: str) -> dict[str, object]:
-    """Return one volume as plain values."""
+    """Return one volume, or one named secret, as plain values."""
     policy = store.policy(volume_id)
     rows = store.generations(volume_id)
     return {
@@ -24,15 +24,30 @@ def volume(store: Store, volume_id: str) -> dict[str, object]:
     }
 
 
+def secret(store: Store, secret_id: str) -> dict[str, object] | None:
+    """Return one named secret as plain values; `None` for a volume."""
+    rows = store.generations(secret_id)
+    if not rows or rows[-1].kind != "secret":
+        return None
+    policy = store.policy(secret_id)
+    return {
+        "id": secret_id,
+        "content": rows[-1].content,
+        "generations": [row.generation for row in rows],
+        "policy_version": policy.version if policy else None,
+        "added": when(rows[-1].added_at_s),
+    }
+
+
 def header(row: GenerationRow) -> str:
     """Say which LUKS2 header a generation's image must have: its SHA-256, or `any`.
 
-    Empty for a sealed image, whose header nobody reads. Nothing of this is authenticated here.
+    Empty for a sealed image, whose header nobody reads, and for a secret. Nothing of this is
+    authenticated here.
     """
-    if not row.manifest:
+    manifest = row.clear_manifest()
+    if not isinstance(manifest, ForeignManifest):
         return ""
-    source = f"manifest of volume {row.volume_id!r} generation {row.generation}"
-    manifest = ForeignManifest.parse(row.manifest, source=source)
     return manifest.header_sha256.hex() or "any"
 
 

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
-__all__ = ["add_kek", "add_verb", "now_s", "print_json"]
+from tdxd.errors import HostError
+
+__all__ = [
+    "add_kek",
+    "add_verb",
+    "now_s",
+    "print_json",
+    "warn",
+    "warn_of_readers",
+]
 
 
 def add_verb(
@@ -44,3 +54,21 @@ def print_json(value: object) -> int:
 def now_s() -> int:
     """Return the wall clock, unix seconds."""
     return int(time.time())
+
+
+def warn(text: str) -> None:
+    """Print a warning to standard error."""
+    print(f"warning: {text}", file=sys.stderr)
+
+
+def warn_of_readers(path: Path) -> None:
+    """Warn of a file with a secret that others may read.
+
+    Raises: HostError.
+    """
+    try:
+        mode = path.stat().st_mode & 0o777
+    except OSError as exc:
+        raise HostError.of("read", str(path), exc) from exc
+    if mode & 0o077:
+        warn(f"{path} has mode {mode:04o}, so others may read it")

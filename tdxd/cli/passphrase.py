@@ -16,7 +16,14 @@ TYPE_CHECKING = False  # typing itself would cost tdxctl a fifth of its start
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["MAX_BYTES", "asked_on_terminal", "from_fd", "from_file", "has_terminal"]
+__all__ = [
+    "MAX_BYTES",
+    "asked_on_terminal",
+    "from_fd",
+    "from_file",
+    "has_terminal",
+    "hide_memory",
+]
 
 MAX_BYTES = 512
 """`core.foreign.PASSPHRASE_MAX_BYTES`, without what that imports."""
@@ -30,7 +37,7 @@ def from_fd(fd: int) -> bytes:
     Raises: UsageError for none, nothing or too much; HostError.
     """
     what = f"descriptor {fd}"
-    _hide_memory()
+    hide_memory()
     try:
         data = b"".join(_chunks(fd))
     except (OSError, OverflowError) as exc:
@@ -45,7 +52,7 @@ def from_file(path: str) -> bytes:
 
     Raises: UsageError for nothing or too much; HostError.
     """
-    _hide_memory()
+    hide_memory()
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as exc:
@@ -73,7 +80,7 @@ def asked_on_terminal(what: str) -> bytes:
 
     Raises: UsageError without a terminal, for nothing or too much; HostError.
     """
-    _hide_memory()
+    hide_memory()
     try:
         fd = os.open(_TERMINAL, os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
     except OSError as exc:
@@ -134,7 +141,7 @@ def _checked(data: bytes, source: str) -> bytes:
     return data
 
 
-def _hide_memory() -> None:
+def hide_memory() -> None:
     """Keep this process out of core dumps and other processes' eyes (prctl(2))."""
     import ctypes
 

@@ -15,6 +15,7 @@ from tdxd.cli.keyd_audit import add_audit_verbs, add_backup_verbs
 from tdxd.cli.keyd_collateral import add_collateral_verbs
 from tdxd.cli.keyd_keys import add_keys_verbs
 from tdxd.cli.keyd_policy import add_policy_verbs
+from tdxd.cli.keyd_secret import add_secret_verbs
 from tdxd.cli.keyd_verbs import add_kek, add_verb, now_s, print_json
 
 __all__ = ["main", "run_command"]
@@ -45,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     _add_init(verbs)
     _add_volume_verbs(verbs)
+    add_secret_verbs(verbs)
     add_policy_verbs(verbs)
     add_collateral_verbs(verbs)
     add_audit_verbs(verbs)
@@ -86,11 +88,11 @@ def _add_init(verbs: Any) -> None:
 
 def _add_volume_verbs(verbs: Any) -> None:
     add_add_verb(verbs)
-    add_verb(verbs, "list", _list, "list the volumes")
-    show = add_verb(verbs, "show", _show, "show one volume")
+    add_verb(verbs, "list", _list, "list the volumes and secrets")
+    show = add_verb(verbs, "show", _show, "show one volume or secret")
     show.add_argument("id", metavar="ID")
     remove = add_verb(
-        verbs, "remove", _remove, "remove a volume or one generation of it"
+        verbs, "remove", _remove, "remove a volume or secret, or one generation of it"
     )
     remove.add_argument("id", metavar="ID")
     remove.add_argument("--generation", type=int, metavar="N")

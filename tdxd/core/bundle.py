@@ -174,6 +174,7 @@ def parse_bundle(
     *,
     source: str,
     error: type[TdxdError],
+    max_bytes: int = _BUNDLE_MAX_BYTES,
 ) -> T:
     """Decode a bundle of the kind that `build` makes of an encoded manifest and a secret.
 
@@ -182,7 +183,7 @@ def parse_bundle(
     Raises: `error`; no message shows a byte of the secret.
     """
     try:
-        value = decode_canonical(data, source=source, max_bytes=_BUNDLE_MAX_BYTES)
+        value = decode_canonical(data, source=source, max_bytes=max_bytes)
         manifest, secret = _bundle_fields(value, source)
         try:
             return build(manifest, secret)

@@ -73,7 +73,8 @@ RUNTIME_LOG_MAX_BYTES = 256 * 1024
 VOLUMES_MAX = 64
 REQUEST_MAX_BYTES = 1_400_000
 """Cap of one encoded request: the sum of the caps of its fields, rounded up."""
-ANSWER_MAX_BYTES = 1024 * 1024
+ANSWER_MAX_BYTES = 5 * 1024 * 1024
+"""Room for a named secret of the largest size for each id."""
 
 NONCE_BYTES = 32
 SIGNATURE_BYTES = 64
@@ -86,7 +87,8 @@ _TOKEN_PLAIN_BYTES = NONCE_BYTES + 8 + _DEPLOYMENT_BYTES
 TOKEN_BYTES = _KEY_ID_BYTES + _IV_BYTES + _TOKEN_PLAIN_BYTES + 16
 
 LEASE_MAX_S = 30 * 86400
-_RELEASED_MAX_BYTES = 16 * 1024
+_RELEASED_MAX_BYTES = 72 * 1024
+"""A named secret of 64 KiB with its manifest, or the bundles of all generations of a volume."""
 
 _REPORT_DATA_LABEL = b"tdxd/key-release/v1"
 _ANSWER_LABEL = b"tdxd/key-release-answer/v1"
@@ -278,7 +280,7 @@ def encode_released(bundle: bytes, lease_s: int, older: Sequence[bytes] = ()) ->
 
 
 def parse_released(plain: bytes, *, error: type[TdxdError]) -> Released:
-    """Decode what `encode_released` made, at most 16 KiB.
+    """Decode what `encode_released` made, at most 72 KiB.
 
     Raises: `error`; no message shows a byte of the bundle.
     """

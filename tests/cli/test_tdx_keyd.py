@@ -157,7 +157,8 @@ def test_add_list_show_remove(keyd, store, tmp_path, policy):
     assert keyd("remove", store, "v") == "removed v: 1 generation(s)\n"
     err = keyd("remove", store, "v", code=65)
     assert err == (
-        "tdx-keyd: error: no volume 'v' in the store\ntdx-keyd: hint: volumes: none\n"
+        "tdx-keyd: error: no volume or secret 'v' in the store\n"
+        "tdx-keyd: hint: there are: none\n"
     )
 
 
@@ -197,7 +198,7 @@ def test_policy_verbs(keyd, store, tmp_path, policy):
     assert keyd("policy", "set", store, "v", policy) == "policy of v is now version 1\n"
     assert keyd("policy", "show", store, "v") == policy.read_text()
     assert keyd("policy", "check", policy).startswith(f"{policy}: valid, ")
-    assert "no volume 'w'" in keyd("policy", "set", store, "w", policy, code=65)
+    assert "no volume or secret 'w'" in keyd("policy", "set", store, "w", policy, code=65)
 
 
 def test_verbs_on_a_directory_that_is_no_store(keyd, tmp_path):

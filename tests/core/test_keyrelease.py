@@ -228,7 +228,7 @@ def test_released_round_trip(bundle, lease_s):
         {"bundle": b"xyz", "lease_s": 60.0},
         {"bundle": "xyz", "lease_s": 60},
         {"bundle": b"xyz", "lease_s": 60, "more": 1},
-        {"bundle": bytes(17000), "lease_s": 60},
+        {"bundle": bytes(74000), "lease_s": 60},
         {"bundle": b"xyz", "lease_s": 60, "older": []},
         {"bundle": b"xyz", "lease_s": 60, "older": None},
         {"bundle": b"xyz", "lease_s": 60, "older": b"xyz"},

@@ -35,6 +35,7 @@ from tdxd.core.check import Check
 from tdxd.core.config_trust import config_digest
 from tdxd.core.eventlog import Event, encode_event_log, parse_event_log, replay
 from tdxd.core.foreign import PassphraseBundle, parse_any_bundle, parse_any_manifest
+from tdxd.core.named_secret import NamedSecret, parse_released_bundle
 from tdxd.core.runtime_log import (
     RuntimeEvent,
     encode_runtime_log,
@@ -75,6 +76,7 @@ REQUEST = VECTORS["request"]
 RELEASED = VECTORS["released"]
 WINDOW = VECTORS["released_window"]
 FOREIGN = VECTORS["released_luks2"]
+NAMED = VECTORS["released_secret"]
 ANSWER = VECTORS["answer"]
 CONFIG = VECTORS["config_digest"]
 ENDPOINT = VECTORS["endpoint"]
@@ -373,6 +375,24 @@ def test_text_released_luks2() -> None:
     assert runtime_digest("tdxd/volume", payload) == raw(FOREIGN["event_digest"])
 
 
+def test_text_released_secret() -> None:
+    manifest = pack(
+        {
+            "content": NAMED["content"],
+            "format": 1,
+            "generation": NAMED["generation"],
+            "kind": "secret",
+            "volume_id": NAMED["secret_id"],
+        }
+    )
+    bundle = pack({"manifest": manifest, "secret": raw(NAMED["data"])})
+    assert manifest == raw(NAMED["manifest"])
+    assert hashlib.sha256(manifest).digest() == raw(NAMED["manifest_sha256"])
+    assert bundle == raw(NAMED["bundle"])
+    released = {"bundle": bundle, "lease_s": NAMED["lease_s"]}
+    assert pack(released) == raw(NAMED["plaintext"])
+
+
 def test_text_answer() -> None:
     signed = lp(b"tdxd/key-release-answer/v1") + raw(ANSWER["request_sha384"])
     for one in ANSWER["verdicts"]:
@@ -645,6 +665,18 @@ def test_product_released_luks2() -> None:
     assert event.digest() == raw(FOREIGN["event_digest"])
     anybody = parse_any_manifest(raw(FOREIGN["manifest_of_any_header"]))
     assert anybody == dataclasses.replace(bundle.manifest, header_sha256=b"")
+
+
+def test_product_released_secret() -> None:
+    plain = raw(NAMED["plaintext"])
+    released = protocol.parse_released(plain, error=DataError)
+    assert protocol.encode_released(released.bundle, released.lease_s) == plain
+    bundle = parse_released_bundle(released.bundle)
+    assert isinstance(bundle, NamedSecret)
+    assert bundle.secret.reveal() == raw(NAMED["data"])
+    assert bundle.manifest.content == NAMED["content"]
+    assert bundle.manifest.digest() == raw(NAMED["manifest_sha256"])
+    assert bundle.encode() == raw(NAMED["bundle"])
 
 
 @pytest.mark.parametrize("share", VECTORS["refused_x25519"])

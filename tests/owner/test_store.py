@@ -78,12 +78,12 @@ def test_opening_nothing_says_how_to_make_one(tmp_path):
     assert "tdx-keyd init" in caught.value.hint
 
 
-@pytest.mark.parametrize(("version", "hint"), [(1, "tdx-keyd init"), (4, "newer")])
+@pytest.mark.parametrize(("version", "hint"), [(1, "tdx-keyd init"), (5, "newer")])
 def test_other_schema_is_refused(tmp_path, store, version, hint):
     """A store of a newer program is whole: nobody must be told to throw it away."""
     with store.transaction() as change:
         change.set_meta("schema", version)
-    with pytest.raises(ConfigError, match=f"schema version {version}, not 3") as caught:
+    with pytest.raises(ConfigError, match=f"schema version {version}, not 4") as caught:
         Store.open(tmp_path)
     assert hint in caught.value.hint
     assert ("init" in caught.value.hint) == (version < 3)

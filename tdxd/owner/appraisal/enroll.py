@@ -28,7 +28,7 @@ from tdxd.owner.appraisal.appraise import (
     read_quote,
 )
 
-__all__ = ["Enrolled", "Reference", "enroll"]
+__all__ = ["Enrolled", "Reference", "enroll", "reference_text"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,7 +184,7 @@ def _text(
         "[event_log]",
         f"required = {'true' if log else 'false'}",
     ]
-    return "\n".join(lines) + "\n" + _reference(log)
+    return "\n".join(lines) + "\n" + reference_text(log)
 
 
 def _platform(reference: Reference, pck: PckIdentity) -> list[str]:
@@ -225,7 +225,7 @@ def _identities(quote: Quote) -> list[str]:
     return lines
 
 
-def _reference(log: ReferenceLog | None) -> str:
+def reference_text(log: ReferenceLog | None) -> str:
     """Write the events for people to read: they say which one departs, and decide nothing."""
     if log is None:
         return ""

@@ -36,7 +36,7 @@ _HINTS = {
     "quota": "the volume's releases of this hour are used up",
     "no-generation": "the store has none that the policy lets be served",
     "no-policy": "the owner has set no policy: tdx-keyd policy set",
-    "unknown-volume": "the owner has added no such volume: tdx-keyd add",
+    "unknown-volume": "the owner has added no such volume or secret: tdx-keyd add, or secret put",
     "simulated": "the policy does not say simulated = true",
 }
 _OTHER_HINT = "the owner sees every check with: tdx-keyd explain"

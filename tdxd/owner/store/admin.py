@@ -1,4 +1,4 @@
-"""The admin verbs on a store directory: what `tdx-keyd add`, `policy` and `remove` do."""
+"""The admin verbs on a store directory: what `tdx-keyd add`, `secret`, `policy` and `remove` do."""
 
 from __future__ import annotations
 
@@ -6,21 +6,29 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tdxd.core.bundle import KeyBundle
-from tdxd.core.foreign import AnyBundle, ForeignManifest
+from tdxd.core.bundle import KeyBundle, Manifest
+from tdxd.core.named_secret import (
+    Content,
+    NamedSecret,
+    ReleasedBundle,
+    SecretManifest,
+)
 from tdxd.core.policy import parse_policy
-from tdxd.errors import DataError, TdxdError, UnavailableError
+from tdxd.core.secret import Secret
+from tdxd.errors import DataError, TdxdError, UnavailableError, UsageError
 from tdxd.owner.audit.guard import check_for_change, export_after_change
 from tdxd.owner.files import read_bytes, read_text
 from tdxd.owner.server.config import read_config
 from tdxd.owner.store.kek import read_public, wrap
-from tdxd.owner.store.store import GenerationRow, Store
+from tdxd.owner.store.store import GenerationRow, Store, Transaction
 
 __all__ = [
     "add_bundle",
     "add_bundles",
     "export_change",
     "known_volume",
+    "put_secret",
+    "remove_secret",
     "remove_volume",
     "set_policy",
 ]
@@ -46,7 +54,7 @@ def add_bundle(
 
 def add_bundles(
     directory: Path,
-    bundles: Sequence[AnyBundle],
+    bundles: Sequence[ReleasedBundle],
     policy_file: Path | None,
     now_s: int,
     *,
@@ -70,7 +78,7 @@ def add_bundles(
     return rows
 
 
-def _row(public: bytes, bundle: AnyBundle, now_s: int) -> GenerationRow:
+def _row(public: bytes, bundle: ReleasedBundle, now_s: int) -> GenerationRow:
     manifest = bundle.manifest
     return GenerationRow(
         volume_id=manifest.volume_id,
@@ -78,8 +86,85 @@ def _row(public: bytes, bundle: AnyBundle, now_s: int) -> GenerationRow:
         wrapped=wrap(public, bundle),
         manifest_sha256=manifest.digest().hex(),
         added_at_s=now_s,
-        manifest=manifest.encode() if isinstance(manifest, ForeignManifest) else b"",
+        manifest=b"" if isinstance(manifest, Manifest) else manifest.encode(),
     )
+
+
+def put_secret(
+    directory: Path,
+    secret_id: str,
+    content: Content,
+    data: Secret,
+    now_s: int,
+    *,
+    policy: Path | str | None = None,
+    kek_file: Path | None = None,
+) -> GenerationRow:
+    """Add the next generation of a named secret, and set its policy, all or nothing.
+
+    `policy` is a file, or the id of a volume or secret that has the same one. The content is what
+    `owner.secret_content` has checked.
+
+    Raises: DataError for an id that a volume has, or one without a policy to take; UsageError for
+    what is no id or no content; ConfigError, HostError.
+    """
+    text = _policy_text(policy) if isinstance(policy, Path) else None
+    with _changing(directory, kek_file, now_s) as store:
+        public = read_public(directory, store.kek())
+        if isinstance(policy, str):
+            known_volume(store, policy)
+        with store.transaction() as change:
+            number = change.next_generation(secret_id)
+            row = _row(public, _secret(secret_id, number, content, data), now_s)
+            change.add_generation(row)
+            if isinstance(policy, str):
+                text = _policy_of(change, policy)
+            if text is not None:
+                change.set_policy(secret_id, text, now_s)
+    return row
+
+
+def _secret(
+    secret_id: str, generation: int, content: Content, data: Secret
+) -> NamedSecret:
+    try:
+        manifest = SecretManifest(
+            volume_id=secret_id, generation=generation, content=content
+        )
+        return NamedSecret(manifest=manifest, secret=data)
+    except ValueError as exc:
+        raise UsageError(str(exc)) from exc
+
+
+def _policy_of(change: Transaction, volume_id: str) -> str:
+    row = change.policy(volume_id)
+    if row is None:
+        raise DataError(
+            f"{volume_id!r} has no policy to take",
+            hint="name a policy file: --policy FILE",
+        )
+    return row.text
+
+
+def remove_secret(
+    directory: Path,
+    secret_id: str,
+    generation: int | None,
+    now_s: int,
+    *,
+    kek_file: Path | None = None,
+) -> int:
+    """Remove one generation, or all of a named secret; return how many generations went.
+
+    Raises: DataError if there is no such thing, or it is a volume; HostError.
+    """
+    with Store.open(directory, kek_file) as store:
+        known_volume(store, secret_id)
+        if store.generations(secret_id)[-1].kind != "secret":
+            raise DataError(
+                f"{secret_id!r} is a volume, no secret", hint="tdx-keyd remove"
+            )
+    return remove_volume(directory, secret_id, generation, now_s, kek_file=kek_file)
 
 
 def set_policy(
@@ -128,8 +213,8 @@ def known_volume(store: Store, volume_id: str) -> None:
     ids = store.volume_ids()
     if volume_id not in ids:
         raise DataError(
-            f"no volume {volume_id!r} in the store",
-            hint=f"volumes: {', '.join(ids) or 'none'}",
+            f"no volume or secret {volume_id!r} in the store",
+            hint=f"there are: {', '.join(ids) or 'none'}",
         )
 
 

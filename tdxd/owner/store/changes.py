@@ -119,16 +119,20 @@ class Transaction:
                 )
         self._put_generation(row)
 
+    def next_generation(self, volume_id: str) -> int:
+        """Return the number after all that an id ever had, removed ones included."""
+        return max(self.state().generations.get(volume_id, {}), default=0) + 1
+
     def _same_kind(self, row: GenerationRow) -> None:
-        """Refuse two kinds in one volume: a guest's config names one, and refuses the other."""
+        """Refuse two kinds under one id: a guest's config names one, and refuses the other."""
         held = self._changing().generations[row.volume_id]
         for number in (number for number, (_, present) in held.items() if present):
-            kind = self._generation(row.volume_id, number).kind
-            if kind != row.kind:
+            other = self._generation(row.volume_id, number)
+            if (other.kind, other.content) != (row.kind, row.content):
                 raise DataError(
-                    f"volume {row.volume_id!r} generation {number} in the store is {kind}, "
-                    f"generation {row.generation} would be {row.kind}",
-                    hint="take another id for it, or remove the volume first",
+                    f"{row.volume_id!r} generation {number} in the store is {_named(other)}, "
+                    f"generation {row.generation} would be {_named(row)}",
+                    hint="take another id for it, or remove what has this one first",
                 )
 
     def _put_generation(self, row: GenerationRow) -> None:
@@ -319,3 +323,8 @@ class Transaction:
     def state(self) -> State:
         """Return the state, to be looked at only."""
         return self._sealed.state(self.seal()) if self._state is None else self._state
+
+
+def _named(row: GenerationRow) -> str:
+    """Say what a row is, as in "is luks2", "is a secret (tls-pem)"."""
+    return f"a secret ({row.content})" if row.content else row.kind

@@ -20,7 +20,7 @@ from tdxd.owner.store.schema import METADATA, SCHEMA_VERSION
 
 __all__ = [
     "DATABASE_NAME",
-    "OLD_SCHEMA_VERSION",
+    "OLD_SCHEMA_VERSIONS",
     "converted",
     "make_engine",
     "schema_troubles",
@@ -28,8 +28,8 @@ __all__ = [
 ]
 
 DATABASE_NAME = "store.sqlite3"
-OLD_SCHEMA_VERSION = 2
-"""The one that `upgrade` starts from."""
+OLD_SCHEMA_VERSIONS = (2, 3)
+"""Those that `upgrade` starts from: 2 had no manifests, 3 no named secrets in them."""
 _VERSION = "SELECT value FROM meta WHERE key = 'schema'"
 _SET_VERSION = "UPDATE meta SET value = ? WHERE key = 'schema'"
 _ADD_MANIFEST = "ALTER TABLE generations ADD COLUMN manifest BLOB DEFAULT x'' NOT NULL"
@@ -77,8 +77,9 @@ def upgrade(sqlite: sqlite3.Connection) -> int:
     sqlite.execute("BEGIN IMMEDIATE")
     try:
         ((version,),) = sqlite.execute(_VERSION).fetchall()
-        if version == OLD_SCHEMA_VERSION:  # another process may have been faster
-            sqlite.execute(_ADD_MANIFEST)
+        if version in OLD_SCHEMA_VERSIONS:  # another process may have been faster
+            if version == 2:
+                sqlite.execute(_ADD_MANIFEST)
             sqlite.execute(_SET_VERSION, (SCHEMA_VERSION,))
             version = SCHEMA_VERSION
         sqlite.execute("COMMIT")

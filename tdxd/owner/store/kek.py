@@ -17,8 +17,8 @@ import os
 from pathlib import Path
 
 from tdxd.core import hpke
-from tdxd.core.foreign import AnyBundle, parse_any_bundle
 from tdxd.core.keyrelease import encode_lp
+from tdxd.core.named_secret import ReleasedBundle, parse_released_bundle
 from tdxd.core.secret import Secret
 from tdxd.errors import ConfigError, DataError, HostError
 from tdxd.owner.files import read_bytes, read_private, write_private, write_public
@@ -116,7 +116,7 @@ def read_public(directory: Path, kek: Kek) -> bytes:
     return kek.public
 
 
-def wrap(public: bytes, bundle: AnyBundle) -> bytes:
+def wrap(public: bytes, bundle: ReleasedBundle) -> bytes:
     """Seal a bundle to the public half.
 
     Raises: ConfigError.
@@ -130,7 +130,7 @@ def wrap(public: bytes, bundle: AnyBundle) -> bytes:
 
 def unwrap(
     pair: hpke.KeyPair, wrapped: bytes, volume_id: str, generation: int
-) -> AnyBundle:
+) -> ReleasedBundle:
     """Open what `wrap` made, for the id and generation that it was made for.
 
     Raises: DataError.
@@ -138,7 +138,7 @@ def unwrap(
     what = f"wrapped secret of volume {volume_id!r} generation {generation}"
     info = _info(volume_id, generation)
     plain = hpke.open_sealed(wrapped, pair.private, info, error=DataError, what=what)
-    bundle = parse_any_bundle(plain, source=what)
+    bundle = parse_released_bundle(plain, source=what)
     manifest = bundle.manifest
     if (manifest.volume_id, manifest.generation) != (volume_id, generation):
         raise DataError(

@@ -7,6 +7,10 @@ import hmac
 import sqlite3
 from typing import Literal
 
+from tdxd.core.bundle import Manifest
+from tdxd.core.foreign import ForeignManifest
+from tdxd.core.named_secret import SecretManifest, parse_released_manifest
+from tdxd.errors import DataError
 from tdxd.owner.store.key import StoreKey
 
 __all__ = [
@@ -24,12 +28,12 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRow:
-    """One generation of a volume; `wrapped` is its bundle sealed to the KEK.
+    """One generation of a volume or a named secret; `wrapped` is its bundle sealed to the KEK.
 
     A removed one keeps its row, with `removed_at_s` and without `wrapped`: guests that serve it
-    have its event in their runtime logs until they boot again. `manifest` is a foreign volume's,
-    encoded, in clear: it tells nothing that the image file does not. Empty for a sealed image, in
-    whose manifest there is a secret salt.
+    have its event in their runtime logs until they boot again. `manifest` is a foreign volume's
+    or a named secret's, encoded, in clear: it tells nothing that the image file does not, or what
+    a secret is for. Empty for a sealed image, in whose manifest there is a secret salt.
     """
 
     volume_id: str
@@ -41,10 +45,36 @@ class GenerationRow:
     mac: bytes = b""
     manifest: bytes = b""
 
+    def clear_manifest(self) -> ForeignManifest | SecretManifest | None:
+        """Return the manifest, where it is in clear.
+
+        Raises: DataError.
+        """
+        if not self.manifest:
+            return None
+        what = f"manifest of {self.volume_id!r} generation {self.generation}"
+        found = parse_released_manifest(self.manifest, source=what)
+        if isinstance(found, Manifest):
+            raise DataError(f"{what} is that of a sealed image")
+        return found
+
     @property
-    def kind(self) -> Literal["sealed", "luks2"]:
-        """What opens the volume: a secret, or a passphrase."""
-        return "luks2" if self.manifest else "sealed"
+    def kind(self) -> Literal["sealed", "luks2", "secret"]:
+        """What it is: the secret or the passphrase of a volume, or a secret of its own.
+
+        Raises: DataError.
+        """
+        found = self.clear_manifest()
+        return "sealed" if found is None else found.kind
+
+    @property
+    def content(self) -> str:
+        """What a named secret is for; empty for a volume.
+
+        Raises: DataError.
+        """
+        found = self.clear_manifest()
+        return found.content if isinstance(found, SecretManifest) else ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

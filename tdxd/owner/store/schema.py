@@ -31,8 +31,8 @@ __all__ = [
     "TOKEN_KEYS",
 ]
 
-SCHEMA_VERSION = 3
-"""3 added the manifests of foreign volumes."""
+SCHEMA_VERSION = 4
+"""3 added the manifests of foreign volumes, 4 named secrets: the same columns."""
 
 METADATA = MetaData()
 

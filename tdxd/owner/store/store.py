@@ -28,7 +28,7 @@ from tdxd.owner.store.check import (
 )
 from tdxd.owner.store.database import (
     DATABASE_NAME,
-    OLD_SCHEMA_VERSION,
+    OLD_SCHEMA_VERSIONS,
     converted,
     make_engine,
     upgrade,
@@ -156,7 +156,7 @@ class Store:
         with converted(path):
             store = cls(make_engine(path), kek_file or directory / PRIVATE_NAME)
             version = store.meta("schema")
-            if version == OLD_SCHEMA_VERSION:
+            if version in OLD_SCHEMA_VERSIONS:
                 version = upgrade(store._sqlite)
         if version != SCHEMA_VERSION:
             store.close()

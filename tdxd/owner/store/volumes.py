@@ -1,4 +1,4 @@
-"""What the store holds of each volume, opened once and kept until the store changes.
+"""What the store holds of each volume or named secret, opened once, until the store changes.
 
 Nothing that is not as it was sealed is used: such a volume opens for nobody, and its trouble says
 which row is wrong. The unwrapped bundles stay in the memory of the key server, beside the
@@ -24,7 +24,7 @@ __all__ = ["VolumeState", "Volumes"]
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class VolumeState:
-    """One volume: its policy, and the bundles that it lets be served, encoded, if they open.
+    """One volume or secret: its policy, and the bundles that this lets be served, if they open.
 
     `served` are their generations, the newest first; `present` all that the store has, the oldest
     first. `trouble` says why there are no bundles; where rows are not as they were sealed, it names
@@ -123,6 +123,8 @@ class Volumes:
         if finding.policy is not None:
             served = finding.policy.release.generations.of(numbers)
         rows = {one.generation: one for one in present}
+        if served and rows[served[0]].kind == "secret":
+            served = served[:1]  # an older content is of no use beside a newer one
         bundles, trouble = self._open([rows[number] for number in served])
         return VolumeState(
             revision=held.revision,
@@ -133,7 +135,9 @@ class Volumes:
             trouble=trouble,
             present=numbers,
             manifests=frozenset(
-                (one.generation, one.manifest_sha256) for one in held.generations
+                (one.generation, one.manifest_sha256)
+                for one in held.generations
+                if one.kind != "secret"  # no guest extends RTMR3 by one
             ),
         )
 
