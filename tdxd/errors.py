@@ -42,6 +42,7 @@ __all__ = [
     "KeyReleaseError",
     "LocalProtocolError",
     "MissingError",
+    "NoRoomError",
     "NotAllowedError",
     "NotAttestedError",
     "NotReadyError",
@@ -53,12 +54,14 @@ __all__ = [
     "Retry",
     "ServeError",
     "ServerExitedError",
+    "StaleSecretError",
     "StalledError",
     "TdxdError",
     "UnavailableError",
     "UnreachableError",
     "UsageError",
     "VolumeError",
+    "WrongKindError",
     "WrongPassphraseError",
 ]
 
@@ -236,6 +239,21 @@ class BadBundleError(KeyReleaseError):
     exit_code = EX_DATAERR
 
 
+class StaleSecretError(KeyReleaseError):
+    """What the key server releases is older than what this guest had already."""
+
+    code = "secret-stale"
+    retry = Retry.SLOW
+
+
+class WrongKindError(BadBundleError):
+    """The id is that of something else than the configuration says."""
+
+    code = "key-wrong-kind"
+    retry = Retry.SLOW
+    exit_code = EX_CONFIG
+
+
 # --- volumes ------------------------------------------------------------------
 
 
@@ -308,6 +326,13 @@ class ServeError(TdxdError):
     exit_code = EX_TEMPFAIL
 
 
+class RefusedGenerationError(ServeError):
+    """A new generation of a volume cannot be served, and an older one still is."""
+
+    code = "generation-refused"
+    retry = Retry.OPERATOR
+
+
 class ServerExitedError(ServeError):
     """A child ended by itself."""
 
@@ -318,6 +343,12 @@ class NotReadyError(ServeError):
     """A child runs but its models are not available."""
 
     code = "serve-not-ready"
+
+
+class NoRoomError(ServeError):
+    """There is no memory for a second model server beside the one that runs."""
+
+    code = "serve-no-room"
 
 
 class CrowdedError(ServeError):

@@ -11,14 +11,18 @@ from cryptography.hazmat.primitives.asymmetric import ec
 __all__ = ["self_signed"]
 
 
-def self_signed(name: str) -> tuple[bytes, bytes]:
-    """Return (key and certificate, certificate alone) as PEM."""
+def self_signed(name: str, *, subject: str | None = None) -> tuple[bytes, bytes]:
+    """Return (key and certificate, certificate alone) as PEM.
+
+    Clients that trust several need another `subject` for each: that is how they are found.
+    """
     key = ec.generate_private_key(ec.SECP256R1())
-    subject = x509.Name([x509.NameAttribute(x509.oid.NameOID.COMMON_NAME, name)])
+    common_name = x509.NameAttribute(x509.oid.NameOID.COMMON_NAME, subject or name)
+    named = x509.Name([common_name])
     certificate = (
         x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(subject)
+        .subject_name(named)
+        .issuer_name(named)
         .public_key(key.public_key())
         .serial_number(1)
         .not_valid_before(dt.datetime(1970, 1, 1, tzinfo=dt.UTC))

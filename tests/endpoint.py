@@ -26,10 +26,11 @@ import trio
 
 from tdxd.core.bundle import Manifest
 from tdxd.core.config import Address, PlatformConfig, ServingConfig
+from tdxd.guest.certificates import Certificates
 from tdxd.guest.events import Events
 from tdxd.guest.evidence_endpoint import listen_for_front, serve
 from tdxd.guest.front import Front
-from tdxd.guest.front_start import Certificates, Sockets, evidence_path, start_front
+from tdxd.guest.front_start import Sockets, evidence_path, start_front
 from tdxd.guest.listener import listen_tcp
 from tdxd.guest.prover import Prover
 from tdxd.guest.runtime_record import RuntimeRecord
@@ -126,6 +127,12 @@ class ProvingGuest:
         self._do(self._end_front)
         self.served = pem
         self._do(self._start_front)
+
+    def renew(self, pem: bytes) -> None:
+        """Give the running front another certificate."""
+        assert self._front is not None
+        self._do(self._front.renew, Certificates(server=pem))
+        self.served = pem
 
     def held(self) -> None:
         """Wait for what a key release waits for before its quote is made."""

@@ -25,7 +25,7 @@ from tdxd.errors import (
     TdxdError,
     WrongPassphraseError,
 )
-from tdxd.guest.handover import HandedDaemon
+from tdxd.guest.handover import HandedDaemon, ServedVolume
 from tdxd.host import clock
 from tdxd.host.ports import (
     Cell,
@@ -46,6 +46,7 @@ __all__ = [
     "FakeRtmr",
     "FakeSuccessor",
     "FakeTsm",
+    "FakeVolumes",
     "fake_host",
     "make_bundle",
     "make_passphrase_bundle",
@@ -87,6 +88,11 @@ class FakeMapper:
     broken: set[str] = dataclasses.field(default_factory=set)
     next_error: TdxdError | None = None
     _count: int = 0
+
+    def check(self, image: str, bundle: AnyBundle) -> None:
+        assert not bundle.secret.wiped
+        with open(image, encoding="utf-8") as file:
+            _check_content(image, file.read(), bundle)
 
     def map_volume(
         self,
@@ -228,6 +234,26 @@ class FakeChildren:
 
     def adopt(self, handed: HandedChild) -> tuple[Child, Cell]:
         raise NotImplementedError
+
+
+def _nobody(_served: tuple[ServedVolume, ...], _error: TdxdError) -> bool:
+    return False
+
+
+@dataclasses.dataclass
+class FakeVolumes:
+    """The volumes that serving sees: what a test says."""
+
+    says: Callable[[], tuple[ServedVolume, ...] | None]
+    gone: Callable[[], frozenset[tuple[str, int | None]]] = frozenset
+    replacing: bool = False
+    refuse: Callable[[tuple[ServedVolume, ...], TdxdError], bool] = _nobody
+
+    def served(self) -> tuple[ServedVolume, ...] | None:
+        return self.says()
+
+    def revoked(self) -> frozenset[tuple[str, int | None]]:
+        return self.gone()
 
 
 class ExecutedError(Exception):

@@ -15,12 +15,11 @@ from typing import Any, TypeVar, cast
 
 from tdxd.core.bundle import KeyBundle, Manifest
 from tdxd.core.config import Address, KeyReleaseConfig, PlatformConfig
-from tdxd.core.foreign import AnyBundle
+from tdxd.core.named_secret import ReleasedBundle
 from tdxd.core.secret import Secret
 from tdxd.errors import TdxdError
 from tdxd.guest.events import Events
 from tdxd.guest.keyfetch import Connect, Fetched, fetch_bundles
-from tdxd.guest.leased import Leased
 from tdxd.guest.runtime_record import RuntimeRecord
 from tdxd.host.ports import Host, Tsm
 from tdxd.host.rpc import GrpcKeyServer
@@ -192,13 +191,13 @@ class Owner:
         tsm: Tsm | None = None,
         config: KeyReleaseConfig | None = None,
         connect: Connect = GrpcKeyServer,
-    ) -> dict[str, AnyBundle | TdxdError]:
+    ) -> dict[str, ReleasedBundle | TdxdError]:
         """Fetch as a guest on this platform does; without the leases."""
         found = await self.fetch_leased(
             *volume_ids, tsm=tsm, config=config, connect=connect
         )
         return {
-            name: one.bundle if isinstance(one, Leased) else one
+            name: one if isinstance(one, TdxdError) else one.bundle
             for name, one in found.items()
         }
 

@@ -46,8 +46,10 @@ def show_status(shown: dict[str, object], as_json: bool) -> None:  # noqa: FBT00
     )
     if shown.get("swap_accepted"):
         print("warning: swap is accepted: keys and models can land on the disk")
+    _show_protection(_dicts(shown.get("protection")))
     _show_runtime(shown.get("runtime"))
     _show_volumes(_dicts(shown.get("volumes")))
+    _show_secrets(_dicts(shown.get("secrets")))
     serving = shown.get("serving")
     if isinstance(serving, dict):
         _show_serving(serving)
@@ -59,6 +61,17 @@ def _dicts(value: object) -> list[dict[str, object]]:
         if isinstance(value, list)
         else []
     )
+
+
+def _show_protection(matters: list[dict[str, object]]) -> None:
+    """Name what is protected on one line, and say of each other matter why it is not."""
+    good = [str(one.get("name")) for one in matters if one.get("protected")]
+    if matters:
+        print(f"protection: {', '.join(good) or 'none'}")
+    for one in matters:
+        if not one.get("protected"):
+            print(f"NOT protected: {one.get('name')}: {one.get('text')}")
+            print(f"  hint: {one.get('hint')}")
 
 
 def _show_runtime(runtime: object) -> None:
@@ -85,6 +98,24 @@ def _show_volumes(volumes: list[dict[str, object]]) -> None:
             _show_error(f"{name}, last error at {_moment(last.get('time'))}", last)
 
 
+def _show_secrets(secrets: list[dict[str, object]]) -> None:
+    rows = [
+        (
+            str(one["id"]),
+            str(one.get("content") or "-"),
+            str(one.get("generation") or "-"),
+            _moment(one.get("since")) or "-",
+            _span(one.get("lease_left_s")),
+            str(one.get("sha256") or "-"),
+        )
+        for one in secrets
+    ]
+    if rows:
+        _table(("SECRET", "CONTENT", "GEN", "SINCE", "LEASE", "SHA256"), rows)
+    for one in secrets:
+        _show_error(f"secret {one['id']}", one.get("error"))
+
+
 def _volume_row(one: dict[str, object]) -> tuple[str, ...]:
     writable = " rw" if one.get("writable") else ""
     header = f" ({one['header']} header)" if one.get("header") else ""
@@ -93,7 +124,7 @@ def _volume_row(one: dict[str, object]) -> tuple[str, ...]:
         f"{one.get('kind')}{writable}",
         str(one["state"]),
         _moment(one.get("since")),
-        str(one["generation"] or "-"),
+        _generation(one),
         _span(one.get("lease_left_s")),
         f"{one['integrity'] or '-'}{header}",
         str(one.get("mapper") or "-"),
@@ -101,6 +132,13 @@ def _volume_row(one: dict[str, object]) -> tuple[str, ...]:
         _size(one.get("bytes_read")),
         str(one["image"]),
     )
+
+
+def _generation(one: dict[str, object]) -> str:
+    """Return the open generation, or that which a newer one is looked for."""
+    looked_beyond = one.get("newer_than")
+    other = "-" if looked_beyond is None else f">{looked_beyond}"
+    return str(one["generation"] or other)
 
 
 def _show_serving(serving: dict[str, object]) -> None:
@@ -119,6 +157,12 @@ def _show_serving(serving: dict[str, object]) -> None:
     if rows:
         _table(("MODEL", "VERSIONS", "SERVER", "PID"), rows)
     _show_error("serving", serving.get("error"))
+    certificate = serving.get("certificate")
+    if isinstance(certificate, dict):
+        names = certificate.get("from")
+        sources = ", ".join(map(str, names)) if isinstance(names, list) else ""
+        print(f"certificate {certificate.get('sha256')}  from {sources or '-'}")
+        _show_error("newer certificate", certificate.get("error"))
 
 
 def _show_error(what: str, error: object) -> None:

@@ -81,6 +81,8 @@ class KeyReleaseConfig:
     """Ceiling of the full-jitter exponential backoff."""
     denied_retry_s: float = 300.0
     """Shortest wait after a refusal by policy; the longest is three times as long."""
+    secret_poll_s: float = 3600.0
+    """How often a secret of its own is asked for, in case that there is a newer generation."""
 
     def __post_init__(self) -> None:
         if not self.servers:
@@ -91,7 +93,9 @@ class KeyReleaseConfig:
         if not self.accepted_signing_keys():
             msg = "signing_key is missing: without a pin no answer can be trusted"
             raise ValueError(msg)
-        check_positive(self, "timeout_s", "backoff_max_s", "denied_retry_s")
+        check_positive(
+            self, "timeout_s", "backoff_max_s", "denied_retry_s", "secret_poll_s"
+        )
 
     def accepted_signing_keys(self) -> tuple[bytes, ...]:
         """Return the raw 32-byte keys, `signing_key` first."""
@@ -235,18 +239,31 @@ class Config:
         if tls is not None and tls not in ids:
             msg = f"serving.tls_volume {tls!r} is no configured volume"
             raise ValueError(msg)
-        if self.serving and tls is None and len(ids) > 1:
+        by_secret = self.serving is not None and self.serving.tls_secret is not None
+        if self.serving and tls is None and not by_secret and len(ids) > 1:
             msg = f"serving.tls_volume is missing: which of {', '.join(ids)} has the certificate"
             raise ValueError(msg)
+        for secret in self.secret_ids:
+            if secret in ids:
+                msg = f"{secret!r} is a volume and a secret: their ids are of one kind"
+                raise ValueError(msg)
 
     def volume_named(self, volume_id: str) -> VolumeConfig | None:
         """Return the volume with this id."""
         return next((item for item in self.volume if item.id == volume_id), None)
 
     @property
-    def tls_volume(self) -> str | None:
-        """The volume that supplies the certificate: the named one, or the only one."""
+    def secret_ids(self) -> tuple[str, ...]:
+        """The secrets of their own that are needed, each once."""
         if self.serving is None:
+            return ()
+        named = (self.serving.tls_secret, self.serving.client_ca_secret)
+        return tuple(dict.fromkeys(one for one in named if one is not None))
+
+    @property
+    def tls_volume(self) -> str | None:
+        """The volume that supplies the certificate: the named one, or the only one, or none."""
+        if self.serving is None or self.serving.tls_secret is not None:
             return None
         if self.serving.tls_volume is not None:
             return self.serving.tls_volume

@@ -9,6 +9,7 @@ from tdxd.core.address import parse_address
 from tdxd.core.decode import plain
 from tdxd.core.positive import check_positive
 from tdxd.core.server_flags import check_extra_flag
+from tdxd.core.volume_id import check_volume_id
 
 __all__ = ["BatchingConfig", "ServedModelConfig", "ServingConfig"]
 
@@ -91,8 +92,12 @@ class ServingConfig:
     """Address of REST over HTTPS; absent: none."""
     tls_volume: str | None = None
     """The volume whose `tls/server.pem` the front uses; may be left out if there is one."""
-    client_ca: Literal["volume"] | None = None
-    """`volume`: clients need a certificate of `tls/client-ca.pem` beside the server's own."""
+    tls_secret: str | None = None
+    """The secret that is the front's certificate, instead of one in a volume."""
+    client_ca: Literal["volume", "secret"] | None = None
+    """Clients need a certificate: of `tls/client-ca.pem` beside the server's own, or a secret's."""
+    client_ca_secret: str | None = None
+    """The secret with the authorities of clients."""
     user: str = "tdxd-serve"
     """Unprivileged user of the model server (`nobody` for trying out)."""
     front_user: str | None = None
@@ -112,6 +117,8 @@ class ServingConfig:
     attest: bool = False
     """Whether clients may ask the front for a quote of this guest, on `listen`."""
 
+    strategy: Literal["side-by-side", "replace-in-place"] = "side-by-side"
+    """How a model server is replaced: by one beside it, or, to save memory, after its end."""
     ready_timeout_s: float = 300.0
     drain_timeout_s: float = 10.0
 
@@ -120,6 +127,7 @@ class ServingConfig:
         if self.rest_listen is not None:
             parse_address(self.rest_listen)
         check_positive(self, *_POSITIVE)
+        self._check_certificates()
         for flag in self.extra_flags:
             check_extra_flag(flag)
         for path in self.read_paths:
@@ -135,9 +143,33 @@ class ServingConfig:
             msg = "monitoring needs rest_listen, where it is shown"
             raise ValueError(msg)
 
+    def _check_certificates(self) -> None:
+        for secret in (self.tls_secret, self.client_ca_secret):
+            if secret is not None:
+                check_volume_id(secret)
+        if self.tls_secret is not None and self.tls_volume is not None:
+            msg = (
+                f"tls_volume {self.tls_volume!r} and tls_secret {self.tls_secret!r} are both "
+                "given: the front has one certificate"
+            )
+            raise ValueError(msg)
+        if self.client_ca == "volume" and self.tls_secret is not None:
+            msg = (
+                "client_ca 'volume' is for a certificate in a volume: with tls_secret, set "
+                "client_ca to 'secret' and client_ca_secret"
+            )
+            raise ValueError(msg)
+        if (self.client_ca == "secret") != (self.client_ca_secret is not None):
+            msg = "client_ca 'secret' and client_ca_secret need each other"
+            raise ValueError(msg)
+
     def of_front(self) -> dict[str, object]:
-        """Return what a front must be another process for, if it changes."""
-        return {name: plain(getattr(self, name)) for name in _OF_FRONT}
+        """Return what a front must be another process for, if it changes.
+
+        Not where its certificates are from: it takes other ones while it runs.
+        """
+        made = {name: plain(getattr(self, name)) for name in _OF_FRONT}
+        return made | {"client_ca": self.client_ca is not None}
 
     def of_server(self) -> dict[str, object]:
         """Return what a model server must be another process for, if it changes."""
@@ -169,7 +201,6 @@ _POSITIVE = (
 _OF_FRONT = (
     "listen",
     "rest_listen",
-    "client_ca",
     "user",
     "front_user",
     "haproxy",

@@ -1,6 +1,6 @@
-"""The attester: one quote for all volumes that wait for a key.
+"""The attester: one quote for all volumes and secrets that wait for a release.
 
-Volumes that ask within a moment of each other share one exchange; the key server answers
+Those that ask within a moment of each other share one exchange; the key server answers
 with a verdict for each.
 """
 
@@ -11,15 +11,15 @@ from collections.abc import Awaitable, Callable, Mapping
 
 import trio
 
-from tdxd.errors import TdxdError
+from tdxd.errors import TdxdError, WrongKindError
 from tdxd.guest.exchanges import Exchanges
-from tdxd.guest.leased import Leased
+from tdxd.guest.leased import AnyLeased, Leased, LeasedSecret
 from tdxd.guest.standstill import Standstill
 
 __all__ = ["BATCH_MAX", "Attester", "Bundles", "FetchBundles"]
 
-Bundles = Mapping[str, Leased | TdxdError]
-"""A bundle or an error for each volume id."""
+Bundles = Mapping[str, AnyLeased | TdxdError]
+"""A bundle or an error for each id."""
 FetchBundles = Callable[[tuple[str, ...]], Awaitable[Bundles]]
 """Runs one exchange for these ids, which are sorted."""
 
@@ -36,16 +36,46 @@ class Attester:
         self._standstill = standstill
         self.exchanges = Exchanges()
         self._work: trio.CancelScope | None = None
-        self._waiting: dict[str, list[trio.MemorySendChannel[Leased | TdxdError]]] = {}
+        self._waiting: dict[
+            str, list[trio.MemorySendChannel[AnyLeased | TdxdError]]
+        ] = {}
         self._asked = trio.Event()
 
     async def bundle(self, volume_id: str) -> Leased:
         """Return the bundle of a volume with its lease, from the next exchange.
 
+        Raises: KeyReleaseError, EvidenceError; WrongKindError if the id is a secret's.
+        """
+        answer = await self._answer(volume_id)
+        if isinstance(answer, LeasedSecret):
+            answer.wipe()
+            raise WrongKindError(
+                f"volume {volume_id}: the key server has a secret of this id, no volume",
+                hint="a volume needs the bundle of its image: tdx-keyd add, under another id",
+            )
+        return answer
+
+    async def secret(self, secret_id: str) -> LeasedSecret:
+        """Return a named secret with its lease, from the next exchange.
+
+        Raises: KeyReleaseError, EvidenceError; WrongKindError if the id is a volume's.
+        """
+        answer = await self._answer(secret_id)
+        if isinstance(answer, Leased):
+            answer.wipe()
+            raise WrongKindError(
+                f"secret {secret_id}: the key server has a volume of this id, no secret",
+                hint="tdx-keyd secret put makes one, under another id",
+            )
+        return answer
+
+    async def _answer(self, released_id: str) -> AnyLeased:
+        """Return what the next exchange brings for an id: a copy for each who asks.
+
         Raises: KeyReleaseError, EvidenceError.
         """
-        send, receive = trio.open_memory_channel[Leased | TdxdError](1)
-        waiting = self._waiting.setdefault(volume_id, [])
+        send, receive = trio.open_memory_channel[AnyLeased | TdxdError](1)
+        waiting = self._waiting.setdefault(released_id, [])
         waiting.append(send)
         self._asked.set()
         try:
@@ -85,7 +115,7 @@ class Attester:
             self._work.cancel()
 
     async def _exchange(
-        self, batch: dict[str, list[trio.MemorySendChannel[Leased | TdxdError]]]
+        self, batch: dict[str, list[trio.MemorySendChannel[AnyLeased | TdxdError]]]
     ) -> None:
         ids, began_s = tuple(sorted(batch)), trio.current_time()
         answers: Bundles
@@ -97,10 +127,16 @@ class Attester:
         for volume_id, asked in batch.items():
             if not asked:  # nobody waits any more: the key must not stay in memory
                 _forget(answers[volume_id])
-            for send in asked:
+            for send in asked[1:]:  # each wipes what it got
+                send.send_nowait(_copy(answers[volume_id]))
+            for send in asked[:1]:
                 send.send_nowait(answers[volume_id])
 
 
-def _forget(answer: Leased | TdxdError) -> None:
-    if isinstance(answer, Leased):
+def _copy(answer: AnyLeased | TdxdError) -> AnyLeased | TdxdError:
+    return answer if isinstance(answer, TdxdError) else answer.copy()
+
+
+def _forget(answer: AnyLeased | TdxdError) -> None:
+    if not isinstance(answer, TdxdError):
         answer.wipe()

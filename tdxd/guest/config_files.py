@@ -88,8 +88,10 @@ def load_config(path: str) -> LoadedConfig:
     return LoadedConfig(config=config, trust=ConfigTrust.CONFIG_ID, ca_pem=ca_pem)
 
 
-def require_trust(loaded: LoadedConfig) -> LoadedConfig:
+def require_trust(loaded: LoadedConfig, *, always: bool = False) -> LoadedConfig:
     """Return it if it is measured, or says itself that it need not be.
+
+    With `always` it has no say: whoever could change it could say so.
 
     Raises: ConfigError.
     """
@@ -101,6 +103,13 @@ def require_trust(loaded: LoadedConfig) -> LoadedConfig:
             "security.accept_unmeasured does not help here",
         )
     accepted = loaded.config.security.accept_unmeasured
+    if loaded.trust is ConfigTrust.UNMEASURED and always:
+        raise ConfigError(
+            "this configuration is unmeasured, and --require-measured accepts no such one: it "
+            "lies on no root file system that the kernel's command line pins, and its digest is "
+            "not MRCONFIGID",
+            hint="tdxd config-digest prints what MRCONFIGID must be",
+        )
     if loaded.trust is ConfigTrust.UNMEASURED and not accepted:
         raise ConfigError(
             "this configuration is unmeasured: it lies on no root file system that the kernel's "

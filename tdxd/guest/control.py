@@ -247,8 +247,9 @@ async def _events(daemon: Daemon, args: dict[str, object], more: More) -> Any:
 
 
 async def _mount(daemon: Daemon, args: dict[str, object], _more: More) -> Any:
-    one = daemon.volume(_volume_id(args))  # named wrongly: nobody takes the passphrase
-    await daemon.mount(one.spec.id, _passphrase(args))
+    volume_id = _volume_id(args)
+    daemon.volumes.named(volume_id)  # named wrongly: nobody takes the passphrase
+    await daemon.mount(volume_id, _passphrase(args))
     return daemon.status()
 
 

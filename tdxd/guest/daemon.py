@@ -10,21 +10,22 @@ from typing import Any, NoReturn, Protocol
 import trio
 
 from tdxd import __version__
-from tdxd.core.config import Config, VolumeConfig
+from tdxd.core.config import Config
 from tdxd.core.plan import VolumeState
 from tdxd.core.secret import Secret
-from tdxd.errors import MissingError, NotReadyError, ReexecError, UsageError
+from tdxd.errors import MissingError, NotReadyError, ReexecError
 from tdxd.guest import report
 from tdxd.guest.attest import Attester, Bundles
 from tdxd.guest.changes import Changes
 from tdxd.guest.config_files import LoadedConfig, check_reload
 from tdxd.guest.events import Events
-from tdxd.guest.handover import HandedDaemon, ServedVolume
-from tdxd.guest.reconciler import VolumeReconciler
+from tdxd.guest.handover import HandedDaemon
+from tdxd.guest.named_secrets import NamedSecrets
 from tdxd.guest.runtime_record import RuntimeRecord
 from tdxd.guest.serving import ServingReconciler
 from tdxd.guest.standstill import Standstill
 from tdxd.guest.surroundings import Surroundings
+from tdxd.guest.volumes import Volumes
 from tdxd.host import clock
 from tdxd.host.ports import Host
 
@@ -55,7 +56,7 @@ class Successor(Protocol):
 
 
 class Daemon:
-    """All reconcilers of one daemon. Volumes are keyed by id; each opens one generation."""
+    """All reconcilers of one daemon."""
 
     def __init__(
         self,
@@ -84,18 +85,37 @@ class Daemon:
         self._fetch = fetch
         self._successor = successor
         self.attester = Attester(self._fetch_bundles, self.standstill)
-        self._volumes: list[VolumeReconciler] = []
-        self.serving = ServingReconciler(
-            host=host,
-            config=loaded.config,
+        self.secrets = self._named_secrets()
+        self.volumes = Volumes(
+            config=lambda: self.loaded.config,
+            surroundings=self._surroundings,
+            serving=lambda: self.serving,
+        )
+        self.serving = self._serving()
+        self._serving_done = trio.Event()
+
+    def _named_secrets(self) -> NamedSecrets:
+        return NamedSecrets(
+            config=lambda: self.loaded.config,
+            attester=self.attester,
+            changes=self.changes,
+            events=self.events,
+            standstill=self.standstill,
+            nursery=self._nursery,
+            boottime_s=self._host.boottime_s,
+        )
+
+    def _serving(self) -> ServingReconciler:
+        return ServingReconciler(
+            host=self._host,
+            config=self.config,
             standstill=self.standstill,
             changes=self.changes,
-            events=events,
-            volumes=self._served,
-            revoked=self._revoked,
-            nursery=nursery,
+            events=self.events,
+            volumes=self.volumes,
+            secrets=self.secrets,
+            nursery=self._nursery,
         )
-        self._serving_done = trio.Event()
 
     @property
     def config(self) -> Config:
@@ -112,8 +132,10 @@ class Daemon:
         if handed is not None:
             self._adopt(handed)
         self._nursery.start_soon(self.attester.run)
+        self._nursery.start_soon(self.secrets.run)
         self._nursery.start_soon(self._run_serving)
-        self._add_new()
+        self._nursery.start_soon(self.volumes.watch)
+        self.volumes.add_new()
 
     async def _fetch_bundles(self, ids: tuple[str, ...]) -> Bundles:
         """Ask under the config of now: a reload may have changed the servers."""
@@ -123,20 +145,8 @@ class Daemon:
         await self.serving.run()
         self._serving_done.set()
 
-    def _add_new(self) -> None:
-        """Add each configured volume that has no reconciler; none any more when stopping.
-
-        One that must go first, to come back configured otherwise, is added once it is gone.
-        """
-        if self.stopping:
-            return
-        have = {one.spec.id for one in self._volumes}
-        for spec in self.config.volume:
-            if spec.id not in have:
-                self._run(self._reconciler(spec))
-
-    def _reconciler(self, spec: VolumeConfig) -> VolumeReconciler:
-        around = Surroundings(
+    def _surroundings(self) -> Surroundings:
+        return Surroundings(
             host=self._host,
             release=self.config.key_release,
             attester=self.attester,
@@ -147,73 +157,36 @@ class Daemon:
             nursery=self._nursery,
             directory=os.path.join(self.config.control.runtime_dir, "volumes"),
         )
-        return VolumeReconciler(
-            spec,
-            around,
-            in_use=lambda one: self.serving.uses(one.spec.id, one.generation),
-        )
-
-    def _run(self, volume: VolumeReconciler) -> None:
-        self._volumes.append(volume)
-        self._nursery.start_soon(self._run_volume, volume)
-
-    async def _run_volume(self, volume: VolumeReconciler) -> None:
-        await volume.run()
-        self._volumes.remove(volume)
-        self._add_new()
-        self.changes.ring()
-
-    def _served(self) -> tuple[ServedVolume, ...] | None:
-        """Return the volumes to serve; `None` while one is on its way and none must go."""
-        open_ = [one for one in self._volumes if one.wanted and one.mounted]
-        going = any(
-            one.closing and self.serving.uses(one.spec.id, one.generation)
-            for one in self._volumes
-        )
-        coming = any(one.awaited for one in self._volumes)
-        if coming and not going:
-            return None
-        return tuple(
-            ServedVolume(
-                volume_id=one.spec.id,
-                generation=one.generation or 0,
-                mount_point=one.mount_point,
-            )
-            for one in sorted(open_, key=lambda item: item.spec.id)
-        )
-
-    def _revoked(self) -> frozenset[tuple[str, int | None]]:
-        """Return (id, generation) of each volume that no model server may see any longer."""
-        return frozenset(
-            (one.spec.id, one.generation) for one in self._volumes if one.forfeited
-        )
 
     async def stop(self) -> None:
         """Close everything in order: front, model server, mounts, mappings, loop devices."""
-        self.stopping = self.serving.stopping = True
+        self.stopping = self.serving.stopping = self.volumes.stopping = True
         self.standstill.release()
-        for volume in self._volumes:
+        for volume in self.volumes.all:
             volume.want(mounted=False, leave=True)
         self.changes.ring()
         with trio.move_on_after(_STOP_DEADLINE_S):
             await self._serving_done.wait()
-            while self._volumes:
+            while self.volumes.all:
                 await self.changes.after(self.changes.count)
 
     async def close(self) -> None:
         """Close whatever `stop` could not; never raises for what is already gone."""
         await self.serving.close()
+        self.secrets.close()
         async with trio.open_nursery() as nursery:
-            for volume in self._volumes:
+            for volume in self.volumes.all:
                 nursery.start_soon(volume.close)
 
     def beats(self) -> list[float]:
         """Return when each reconciler last looked, on trio's clock."""
-        return [self.serving.beat_s, *(one.beat_s for one in self._volumes)]
+        volumes = [one.beat_s for one in self.volumes.all]
+        return [self.serving.beat_s, *volumes, self.secrets.beat_s]
 
     def network_came_up(self) -> None:
         """Try again at once where a network may have been missing."""
-        for volume in self._volumes:
+        self.secrets.network_came_up()
+        for volume in self.volumes.all:
             volume.network_came_up()
 
     # --- looking ---
@@ -227,22 +200,20 @@ class Daemon:
             reexecs=self.reexecs,
             pid=os.getpid(),
             mapper=self._host.mapper.name,
-            volumes=self._volumes,
+            volumes=self.volumes.all,
             serving=self.serving,
+            secrets=self.secrets,
         )
 
     def readiness(self) -> tuple[bool, list[str], int]:
         """Return (ready, reasons why not, exit code)."""
-        ready, reasons = report.readiness(self.config, self._volumes, self.serving)
-        code = report.failure_exit_code(self.config, self._volumes, self.serving)
+        ready, reasons = report.readiness(self.config, self.volumes.all, self.serving)
+        code = report.failure_exit_code(self.config, self.volumes.all, self.serving)
         return ready, reasons, 0 if ready else code
 
     def settled(self) -> bool:
         """Say whether nothing is on its way."""
-        volumes = all(
-            one.stalled or (one.settled and not one.leaving) for one in self._volumes
-        )
-        return volumes and self.serving.settled
+        return self.volumes.settled and self.secrets.settled and self.serving.settled
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """Wait until a condition of the daemon holds."""
@@ -254,19 +225,6 @@ class Daemon:
 
     # --- changing ---
 
-    def volume(self, volume_id: str) -> VolumeReconciler:
-        """Return the reconciler of a volume.
-
-        Raises: UsageError, with the known ids.
-        """
-        for one in self._volumes:
-            if one.spec.id == volume_id and not one.leaving:
-                return one
-        known = " ".join(one.spec.id for one in self._volumes) or "none"
-        raise UsageError(
-            f"no volume {volume_id!r}", hint=f"configured volumes: {known}"
-        )
-
     async def mount(self, volume_id: str, passphrase: Secret | None = None) -> None:
         """Want a volume mounted until the next reload; return when it is, or rests.
 
@@ -275,7 +233,7 @@ class Daemon:
 
         Raises: what keeps it from being mounted.
         """
-        one = self.volume(volume_id)
+        one = self.volumes.named(volume_id)
         if passphrase is not None:
             one.offer(passphrase)
         one.want(mounted=True)
@@ -293,15 +251,19 @@ class Daemon:
 
     async def unmount(self, volume_id: str) -> None:
         """Want a volume closed until the next reload; return when it is."""
-        one = self.volume(volume_id)
-        one.want(mounted=False)
+        one = self.volumes.named(volume_id)
+        self.volumes.close_all(volume_id)
         await self.until(lambda: one.state is VolumeState.ABSENT or one.wanted)
 
     async def retry(self, volume_id: str | None) -> None:
         """Forget failures and try again now; without an id, all and serving, too."""
-        chosen = [self.volume(volume_id)] if volume_id else list(self._volumes)
-        for one in chosen:
-            one.retry_now()
+        if volume_id:
+            self.volumes.named(volume_id)
+        for one in self.volumes.all:
+            if volume_id in (None, one.spec.id):
+                one.retry_now()
+        if volume_id is None:
+            self.secrets.ask_now()
         self.serving.retry_now()
 
     async def reload(self) -> None:
@@ -314,30 +276,35 @@ class Daemon:
         config = loaded.config
         check_reload(self.config, config)
         self.loaded, self.serving.config = loaded, config
-        for one in self._volumes:
+        for one in self.volumes.all:
             same = config.volume_named(one.spec.id) == one.spec
             one.want(mounted=same, leave=not same)
             one.retry_now()
         self.serving.retry_now()
+        self.volumes.ask_for_news()
+        self.secrets.ask_now()
         self.events.emit("config.reloaded", volumes=len(config.volume))
-        self._add_new()
+        self.volumes.add_new()
         await self._settle()
 
     async def _settle(self) -> None:
         """Wait until all rests, for what is mounted is served only after the next look.
 
-        Raises: NotReadyError, naming what did not come up.
+        Raises: NotReadyError, naming what did not come up, and what goes on instead.
         """
 
         def failing() -> bool:
-            return report.failing(self.config, self._volumes, self.serving)
+            return report.failing(self.config, self.volumes.all, self.serving)
 
         await self.until(lambda: self.settled() and (self.readiness()[0] or failing()))
         ready, reasons, _code = self.readiness()
         if not ready:
-            raise NotReadyError(
-                "reloaded, but not ready: " + "; ".join(reasons), hint="tdxctl status"
-            )
+            text = "reloaded, but not ready: " + "; ".join(reasons)
+            raise NotReadyError(text, hint="tdxctl status")
+        kept = report.kept(self.volumes.all, self.serving, self.secrets)
+        if kept:
+            text = "reloaded, but what was there before still serves: "
+            raise NotReadyError(text + "; ".join(kept), hint="tdxctl status")
 
     # --- giving way to a new program ---
 
@@ -357,7 +324,7 @@ class Daemon:
                 raise ReexecError("tdxd is stopping")
             self.standstill.freeze()
             self.attester.give_up()
-            for one in self._volumes:
+            for one in self.volumes.all:
                 one.give_up()
             await self.standstill.reached(_STANDSTILL_S)
             with self._successor.prepared() as execute:
@@ -376,8 +343,9 @@ class Daemon:
             version=__version__,
             reexecs=self.reexecs,
             started=self.started,
-            volumes=tuple(one.hand_over() for one in self._volumes),
+            volumes=self.volumes.hand_over(),
             serving=self.serving.hand_over(),
+            secrets=self.secrets.hand_over(),
             events=self.events.hand_over(),
         )
 
@@ -388,12 +356,8 @@ class Daemon:
         """
         self.started, self.reexecs = handed.started, handed.reexecs + 1
         self.events.adopt(handed.events)
-        for one in handed.volumes:
-            volume = self._reconciler(one.spec)
-            volume.adopt(one)
-            if self.config.volume_named(one.spec.id) != one.spec:
-                volume.want(mounted=False, leave=True)
-            self._run(volume)
+        self.secrets.adopt(handed.secrets)
+        self.volumes.adopt(handed.volumes)
         self.serving.adopt(handed.serving)
         fields = {"from_version": handed.version, "version": __version__}
         self.events.emit("daemon.reexecuted", **fields, pid=os.getpid())

@@ -14,12 +14,18 @@ from typing import Any
 
 from tdxd.core.config import Address, Config, KeyReleaseConfig, parse_address
 from tdxd.errors import EX_OK, EX_UNAVAILABLE, ConfigError, TdxdError
-from tdxd.guest import doctor_evidence, doctor_machine, doctor_network
+from tdxd.guest import (
+    doctor_evidence,
+    doctor_machine,
+    doctor_network,
+    doctor_protection,
+)
 from tdxd.guest.config_files import LoadedConfig
 from tdxd.guest.finding import Facts, Finding, ImageFact, fail
 from tdxd.guest.server_program import server_command
 from tdxd.host import images
 from tdxd.host.evidence_facts import EvidenceFacts, gather_evidence
+from tdxd.host.exposure import observe
 from tdxd.host.facts import MachineFacts, Problem, gather_machine
 from tdxd.host.in_time import in_time
 from tdxd.host.key_server_facts import KeyServerFacts, ask_key_server
@@ -43,6 +49,7 @@ def unconfigured(problem: ConfigError) -> tuple[Finding, ...]:
     facts = gather(LoadedConfig(config=Config(key_release=servers)), network=False)
     wrong = fail("config", problem.message, problem.hint or "see man tdxd.toml")
     rest = [
+        *(one for one in doctor_protection.judge(facts) if one.name != "trust"),
         *doctor_evidence.judge(facts),
         *doctor_machine.judge_machine(facts),
         *doctor_machine.judge_programs(facts),
@@ -54,6 +61,7 @@ def diagnose(facts: Facts) -> tuple[Finding, ...]:
     """Judge the facts; pure."""
     return (
         *doctor_machine.judge_config(facts),
+        *doctor_protection.judge(facts),
         *doctor_evidence.judge(facts),
         *doctor_machine.judge_machine(facts),
         *doctor_machine.judge_programs(facts),
@@ -92,6 +100,7 @@ def gather(loaded: LoadedConfig, *, network: bool = True) -> Facts:
         config=config,
         trust=loaded.trust,
         machine=machine,
+        observed=observe(),
         evidence=evidence,
         ca=ca_problem,
         servers=tuple(

@@ -1,11 +1,10 @@
-"""Judges whether this guest can prove itself: TDX, quote, event log, registers."""
+"""Judges whether this guest can prove itself: quote, event log, registers."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
 
-from tdxd.core.config import PlatformConfig
 from tdxd.guest.finding import Facts, Finding, fail, ok, warn
 
 __all__ = ["has_length_fix", "judge"]
@@ -17,35 +16,11 @@ _SLOW_QUOTE_S = 5.0
 
 def judge(facts: Facts) -> Iterator[Finding]:
     """Yield the findings, in the order in which they are mended."""
-    yield _cpu(facts)
     yield _interface(facts)
     yield _quote(facts)
     yield _event_log(facts)
     yield _registers(facts)
     yield _kernel(facts)
-
-
-def _simulated(platform: PlatformConfig) -> bool:
-    """Say whether quotes are asked for in another place than the kernel's."""
-    usual = PlatformConfig()
-    return (platform.tsm, platform.tdx_guest) != (usual.tsm, usual.tdx_guest)
-
-
-def _cpu(facts: Facts) -> Finding:
-    if facts.machine.tdx_cpu:
-        return ok("tdx", "this machine is a guest that Intel TDX protects")
-    platform = facts.config.platform
-    if _simulated(platform):
-        return warn(
-            "tdx",
-            "this machine is no TDX guest, and its quotes come from a place of their own",
-            "nothing here is protected: of use for trying things out only",
-        )
-    return fail(
-        "tdx",
-        "this machine is no TDX guest: its CPU has no flag tdx_guest in /proc/cpuinfo",
-        "the host must start it as one (QEMU: -object tdx-guest, on an Intel CPU with TDX)",
-    )
 
 
 def _interface(facts: Facts) -> Finding:

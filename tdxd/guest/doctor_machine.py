@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tdxd.core.config_trust import ConfigTrust
 from tdxd.guest.finding import Facts, Finding, ImageFact, fail, ok, warn
 
 __all__ = ["judge_config", "judge_images", "judge_machine", "judge_programs"]
 
 
 def judge_config(facts: Facts) -> Iterator[Finding]:
-    """Yield whether the configuration is one that tdxd starts with."""
+    """Yield whether the configuration is one that has something to do."""
     count = len(facts.config.volume)
     if not count:
         yield warn(
@@ -19,51 +18,16 @@ def judge_config(facts: Facts) -> Iterator[Finding]:
         )
     else:
         yield ok("config", f"the configuration is right and names {count} volumes")
-    yield _trust(facts)
-
-
-def _trust(facts: Facts) -> Finding:
-    if facts.trust is ConfigTrust.CONTRADICTED:
-        text = "config: unmeasured, MRCONFIGID is that of another configuration"
-        todo = "start the TD with what tdxd config-digest prints, or mend the configuration"
-        return fail("trust", text, todo)
-    if facts.trust is not ConfigTrust.UNMEASURED:
-        return ok("trust", f"config: {facts.trust.value}")
-    text = "config: unmeasured, no quote proves it to the key server or to users"
-    todo = "put it on a root file system that dm-verity pins, or set MRCONFIGID: tdxd config-digest"
-    if facts.config.security.accept_unmeasured:
-        return warn("trust", f"{text}; it accepts that", todo)
-    return fail("trust", text, todo)
 
 
 def judge_machine(facts: Facts) -> Iterator[Finding]:
-    """Yield what the machine lacks, and what it must not have."""
+    """Yield what the machine lacks."""
     machine = facts.machine
     if machine.uid != 0:
         text = f"asked as uid {machine.uid}: only root sees all of this"
         yield warn("root", text, "sudo tdxd doctor")
-    yield _swap(facts)
     yield _mapper(facts)
     yield _unit(facts)
-    if machine.agents:
-        names = ", ".join(machine.agents)
-        yield warn(
-            "agents",
-            f"the host can command this guest by {names}",
-            "take it out of the image, or be sure that the policy pins an image that has it",
-        )
-    else:
-        yield ok("agents", "no agent of the host's is installed")
-
-
-def _swap(facts: Facts) -> Finding:
-    areas = ", ".join(facts.machine.swap)
-    if not areas:
-        return ok("swap", "there is no swap")
-    text = f"this machine swaps to {areas}: keys and models could land there"
-    if facts.config.security.accept_swap:
-        return warn("swap", f"{text}; the configuration accepts that", "swapoff -a")
-    return fail("swap", text, "swapoff -a, and take it out of /etc/fstab")
 
 
 def _mapper(facts: Facts) -> Finding:

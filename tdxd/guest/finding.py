@@ -7,6 +7,7 @@ from typing import Literal
 
 from tdxd.core.config import Config
 from tdxd.core.config_trust import ConfigTrust
+from tdxd.core.protection import Observed
 from tdxd.host.evidence_facts import EvidenceFacts
 from tdxd.host.facts import MachineFacts, Problem
 from tdxd.host.key_server_facts import KeyServerFacts
@@ -40,6 +41,7 @@ class Facts:
     config: Config
     trust: ConfigTrust
     machine: MachineFacts
+    observed: Observed
     evidence: EvidenceFacts
     ca: Problem | None
     """Why the key servers' CA cannot be read."""

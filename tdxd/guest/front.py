@@ -10,7 +10,8 @@ import signal
 import trio
 
 from tdxd.core.serving_config import ServingConfig
-from tdxd.guest.handover import HandedFront, ServedVolume
+from tdxd.guest.certificates import Certificates
+from tdxd.guest.handover import HandedFront
 from tdxd.host import haproxy
 from tdxd.host.ports import Cell, Child, Host
 
@@ -25,21 +26,24 @@ _KEPT_LINES = 10
 
 
 class Front:
-    """A running front. `key` names its settings, `active` the slot it routes to."""
+    """A running front. `key` names its settings, `active` the slot it routes to, if any."""
 
     def __init__(
         self,
         *,
         key: str,
-        active: str,
+        active: str | None,
         child: Child,
         cell: Cell,
         api: haproxy.RuntimeApi,
-        served_key: bytes = b"",
     ) -> None:
         self.key, self.active, self.child = key, active, child
-        self.served_key = served_key
-        """SHA-256 of the public key of its certificate; empty if clients may not ask for it."""
+        self.served_key = b""
+        """SHA-256 of the public key of its certificate."""
+        self.certificate_sha256 = ""
+        """Of the certificate itself, in hex."""
+        self.sources: tuple[str, ...] = ()
+        """Where its certificates are from."""
         self.lines: collections.deque[str] = collections.deque(maxlen=_KEPT_LINES)
         self.silent = trio.Event()
         """Set once it has said its last words."""
@@ -65,7 +69,31 @@ class Front:
 
         Raises: NotReadyError.
         """
+        self.active = None
         await self._api.disable(slot)
+
+    async def renew(self, certificates: Certificates) -> None:
+        """Show other certificates on new connections; those that are open go on.
+
+        Raises: DataError if they cannot be used, NotReadyError; then the old ones are still shown.
+        """
+        certificates.check()
+        from tdxd.core.tls_pem import blocks  # loads cryptography
+
+        client_ca = certificates.client_ca
+        await self._api.set_certificates(
+            blocks(certificates.server),
+            None if client_ca is None else blocks(client_ca),
+        )
+        self.now_has(certificates)
+
+    def now_has(self, certificates: Certificates) -> None:
+        """Note which certificates it shows: ones that were checked."""
+        from tdxd.core import endpoint_proof, tls_pem  # load cryptography
+
+        self.served_key = endpoint_proof.key_digest_of_pem(certificates.server)
+        self.certificate_sha256 = tls_pem.server_certificate(certificates.server)
+        self.sources = certificates.sources
 
     async def streams(self, slot: str) -> int:
         """Return how many streams go to a slot.
@@ -92,6 +120,8 @@ class Front:
             admin_path=self._api.path,
             lines=tuple(self.lines),
             served_key=self.served_key,
+            sources=self.sources,
+            certificate_sha256=self.certificate_sha256,
         )
 
 
@@ -107,17 +137,17 @@ def adopt_front(handed: HandedFront, host: Host) -> Front:
         child=child,
         cell=cell,
         api=haproxy.RuntimeApi(handed.admin_path),
-        served_key=handed.served_key,
     )
+    front.served_key, front.sources = handed.served_key, handed.sources
+    front.certificate_sha256 = handed.certificate_sha256
     front.lines.extend(handed.lines)
     return front
 
 
-def front_key(
-    volumes: tuple[ServedVolume, ...], config: ServingConfig, tls_volume: str | None
-) -> str:
-    """Return a key that differs when the front must be another process."""
-    tls = [one for one in volumes if one.volume_id == tls_volume]
-    names = [f"{one.volume_id}@{one.generation}" for one in tls]
-    text = json.dumps([config.of_front(), names])
+def front_key(config: ServingConfig, *, supplied: bool) -> str:
+    """Return a key that differs when the front must be another process.
+
+    `supplied`: whether there is a volume that its certificate is from, if it is to be from one.
+    """
+    text = json.dumps([config.of_front(), supplied])
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -6,8 +6,9 @@ import trio
 
 from tdxd.core.serving_config import ServingConfig
 from tdxd.errors import NotReadyError
+from tdxd.guest.certificates import Certificates
 from tdxd.guest.front import Front
-from tdxd.guest.front_start import Certificates, Sockets, start_front
+from tdxd.guest.front_start import Sockets, start_front
 from tdxd.guest.handover import HandedListener
 from tdxd.guest.listener import Listener
 from tdxd.guest.server import exited_error
@@ -54,6 +55,25 @@ class FrontDoor:
         pid = front.child.pid
         self._scene.events.emit("front.started", pid=pid, listen=config.listen)
         self.keep(front)
+
+    async def renew(self, certificates: Certificates) -> bool:
+        """Give the front other certificates; `False` if only another front can have them.
+
+        Raises: DataError, NotReadyError; then the old ones are still shown.
+        """
+        front = self.front
+        if front is None:
+            return True
+        certificates.check()
+        if not certificates.fit_a_command():
+            return False
+        await front.renew(certificates)
+        self._scene.events.emit(
+            "front.certificates_renewed",
+            source=", ".join(certificates.sources),
+            sha256=front.certificate_sha256[:16],
+        )
+        return True
 
     def keep(self, front: Front) -> None:
         """Read and watch one that runs."""

@@ -2,42 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import socket
-from collections.abc import Iterator
 
 import trio
 
 from tdxd.core.serving_config import ServingConfig
-from tdxd.errors import NotReadyError, ServerExitedError
+from tdxd.errors import DataError, ServerExitedError
 from tdxd.guest import isolation
+from tdxd.guest.certificates import Certificates
 from tdxd.guest.front import Front
-from tdxd.host import content, haproxy, haproxy_config, haproxy_refusals
+from tdxd.host import haproxy, haproxy_config, haproxy_refusals
 from tdxd.host.ports import ChildSpec, Host
 
-__all__ = ["Certificates", "Sockets", "certificates_of", "evidence_path", "start_front"]
+__all__ = ["Sockets", "evidence_path", "start_front"]
 
 _CHECK_S = 20.0
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Certificates:
-    """The front's own with its private key, and that of its clients' authority, as PEM."""
-
-    server: bytes = dataclasses.field(repr=False)
-    client_ca: bytes | None = None
-
-    @contextlib.contextmanager
-    def in_memory(self) -> Iterator[tuple[int, int | None]]:
-        """Return descriptors of memory files with both, for a child to inherit."""
-        with _memory("tdxd:certificate", self.server) as server_fd:
-            if self.client_ca is None:
-                yield server_fd, None
-                return
-            with _memory("tdxd:client-ca", self.client_ca) as client_ca_fd:
-                yield server_fd, client_ca_fd
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,14 +46,13 @@ async def start_front(
 ) -> Front:
     """Start HAProxy on the sockets, with certificates that stay in memory.
 
-    Raises: ServerExitedError if it refuses its configuration, HostError, DataError for a
-    certificate that clients may ask about and whose key cannot be named; nothing is left running.
+    Raises: ServerExitedError if it refuses its configuration, HostError, DataError for
+    certificates that it takes and we do not; nothing is left running.
     """
     directory = os.path.join(runtime_dir, "front")
     os.makedirs(directory, exist_ok=True)
     os.chmod(directory, 0o755)  # noqa: S103 — the front's user reads the configuration in it
     api = haproxy.RuntimeApi(os.path.join(directory, "admin.sock"))
-    served_key = _served_key(certificates.server) if config.attest else b""
     with api.listen() as admin, certificates.in_memory() as (server_fd, client_ca_fd):
         front = haproxy_config.FrontSpec(
             config=config,
@@ -88,21 +68,15 @@ async def start_front(
         )
         spec = _child(host, front, runtime_dir, directory)
         await _check(host, spec)
+        try:
+            certificates.check()
+        except DataError:
+            spec.cell.close()
+            raise
         child = host.children.spawn(spec)
-    return Front(
-        key=key,
-        active=active,
-        child=child,
-        cell=spec.cell,
-        api=api,
-        served_key=served_key,
-    )
-
-
-def _served_key(pem: bytes) -> bytes:
-    from tdxd.core.endpoint_proof import key_digest_of_pem  # loads cryptography
-
-    return key_digest_of_pem(pem)
+    made = Front(key=key, active=active, child=child, cell=spec.cell, api=api)
+    made.now_has(certificates)
+    return made
 
 
 def _child(
@@ -127,15 +101,6 @@ def _child(
         pass_fds=tuple(fd for fd in fds if fd is not None),
         confinement=isolation.of_front(config, directory),
     )
-
-
-@contextlib.contextmanager
-def _memory(name: str, pem: bytes) -> Iterator[int]:
-    fd = haproxy.secret_memfd(name, pem)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
 
 
 async def _check(host: Host, spec: ChildSpec) -> None:
@@ -178,24 +143,3 @@ def _write_configuration(directory: str, spec: haproxy_config.FrontSpec) -> str:
             file.write(text)
         os.chmod(name, 0o644)  # holds no secret, and the front runs under another uid
     return path
-
-
-def certificates_of(
-    volume_id: str | None, mount_points: dict[str, str], config: ServingConfig
-) -> Certificates:
-    """Return the certificates of the volume that supplies them.
-
-    Raises: NotReadyError if no volume is named, or it is not mounted; MissingError.
-    """
-    if volume_id is None:
-        raise NotReadyError(
-            "no volume supplies the front's certificate",
-            hint="name one in serving.tls_volume",
-        )
-    if volume_id not in mount_points:
-        raise NotReadyError(
-            f"volume {volume_id}, which holds the certificate, is not mounted"
-        )
-    mount_point = mount_points[volume_id]
-    ca = content.read_client_ca(mount_point) if config.client_ca == "volume" else None
-    return Certificates(server=content.read_certificate(mount_point), client_ca=ca)

@@ -5,9 +5,9 @@ memory, between two programs of one process, and is no state file.
 
 `FORMAT` must change when a field comes, goes or changes its meaning; the same holds for the
 records from elsewhere in it (`VolumeConfig`, `MappedVolume` with its manifest, `Lease`,
-`LastError`, `HandedChild`, `Model`): so no program is handed what it does not know. Where all that
-came has a default the older format stays in `READABLE`, and an upgrade closes nothing. A field
-named `fd` or `…_fd` is a descriptor that stays open, -1 is none.
+`LastError`, `HandedChild`, `ImageFile`, `Model`): so no program is handed what it does not know.
+Where all that came has a default the older format stays in `READABLE`, and an upgrade closes
+nothing. A field named `fd` or `…_fd` is a descriptor that stays open, -1 is none.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from tdxd.errors import DataError, Retry, TdxdError
 from tdxd.guest.last_error import LastError
 from tdxd.guest.leased import Lease
 from tdxd.host.content import Model
+from tdxd.host.images import ImageFile
 from tdxd.host.ports import HandedChild, MappedVolume
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "HandedFailure",
     "HandedFront",
     "HandedListener",
+    "HandedSecret",
     "HandedServer",
     "HandedServing",
     "HandedVolume",
@@ -45,9 +47,9 @@ __all__ = [
     "encode_state",
 ]
 
-FORMAT: Final = 3
-READABLE: Final = (2, 3)
-"""2 knew no foreign volumes."""
+FORMAT: Final = 4
+READABLE: Final = (2, 3, 4)
+"""2 knew no foreign volumes, 3 no change of certificates within a running front."""
 _MAX_BYTES = 64 * 2**20
 _SOURCE = "handed over state"
 
@@ -128,7 +130,8 @@ class HandedFailure:
 class HandedVolume:
     """One volume as `VolumeReconciler` holds it. A key is not handed over.
 
-    A failure that is likely to pass is not either: it is tried again at once.
+    A failure that is likely to pass is not either: it is tried again at once. `newer_than` is the
+    generation that it is to take over from, `opened` the image file as it was when it was opened.
     """
 
     spec: VolumeConfig
@@ -142,9 +145,20 @@ class HandedVolume:
     failure: HandedFailure | None
     read_before: int = 0
     last_error: LastError | None = None
+    newer_than: int | None = None
+    opened: ImageFile | None = None
 
     def __post_init__(self) -> None:
         VolumeState(self.state)
+
+    @property
+    def file(self) -> ImageFile | None:
+        """The image file; of an older program, which told its path alone, like no other."""
+        if self.opened is None and self.image is not None:
+            return ImageFile(
+                path=self.image, device=0, inode=0, size_bytes=0, mtime_ns=0
+            )
+        return self.opened
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,14 +180,19 @@ class HandedServer:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class HandedFront:
-    """The front. Its certificate stays in its own memory."""
+    """The front. Its certificate stays in its own memory. `active` is missing if it has no server.
+
+    `sources` are where its certificates are from; none: an older program started it.
+    """
 
     key: str
-    active: str
+    active: str | None
     child: HandedChild
     admin_path: str
     lines: tuple[str, ...]
     served_key: bytes = b""
+    sources: tuple[str, ...] = ()
+    certificate_sha256: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,6 +210,22 @@ class HandedServing:
 
     def __post_init__(self) -> None:
         ServingState(self.state)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class HandedSecret:
+    """One named secret: its content is in sealed memory, `fd`, which is -1 if there is none now.
+
+    `generation` and `sha256` (hex, of the content) are of the newest that ever came.
+    """
+
+    secret_id: str
+    generation: int
+    content: str
+    sha256: str
+    since: str
+    fd: int
+    lease: Lease | None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -225,6 +260,7 @@ class HandedDaemon:
     volumes: tuple[HandedVolume, ...]
     serving: HandedServing
     events: HandedEvents
+    secrets: tuple[HandedSecret, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -235,7 +271,7 @@ class State:
     volumes: state of another one, or of another runtime directory, cannot be adopted.
     """
 
-    format: Literal[2, 3] = FORMAT
+    format: Literal[2, 3, 4] = FORMAT
     runtime_dir: str
     mount_namespace: int
     mapper: str

@@ -15,7 +15,11 @@ import trio
 from tdxd.core import hpke
 from tdxd.core import keyrelease as protocol
 from tdxd.core.config import Address, KeyReleaseConfig, parse_address
-from tdxd.core.foreign import AnyBundle, parse_any_bundle
+from tdxd.core.named_secret import (
+    NamedSecret,
+    ReleasedBundle,
+    parse_released_bundle,
+)
 from tdxd.core.secret import Secret
 from tdxd.errors import (
     BadBundleError,
@@ -29,7 +33,7 @@ from tdxd.errors import (
     UnreachableError,
 )
 from tdxd.guest.answer import Verdict, parse_answer, parse_challenge
-from tdxd.guest.leased import Leased
+from tdxd.guest.leased import AnyLeased, Leased, LeasedSecret
 from tdxd.guest.runtime_record import RuntimeRecord
 from tdxd.host.ports import Host, KeyServer
 from tdxd.host.rpc import GrpcKeyServer
@@ -38,7 +42,7 @@ __all__ = ["Connect", "Fetched", "fetch_bundles"]
 
 Connect = Callable[[Address, bytes], KeyServer]
 """Opens a server by its address and the PEM of the CA that it must prove itself to."""
-Fetched = dict[str, Leased | TdxdError]
+Fetched = dict[str, AnyLeased | TdxdError]
 
 
 async def fetch_bundles(
@@ -50,7 +54,7 @@ async def fetch_bundles(
     ca_pem: bytes | None = None,
     connect: Connect = GrpcKeyServer,
 ) -> Fetched:
-    """Ask for the bundles of some volumes; return a bundle or an error for each id.
+    """Ask for the bundles of some volumes and secrets; return a bundle or an error for each id.
 
     `ca_pem` is the content of `config.ca` where that was measured with the configuration;
     `None`: it is read now.
@@ -188,7 +192,7 @@ class _Exchange:
 
     def _leased(
         self, verdict: Verdict, request_sha384: bytes, key: hpke.KeyPair
-    ) -> Leased:
+    ) -> AnyLeased:
         """Open one verdict.
 
         Raises: DeniedError, KeyReleaseError for a passing trouble of the server, BadBundleError.
@@ -202,26 +206,21 @@ class _Exchange:
             signed.sealed_bundle, key.private, info, error=BadBundleError, what=what
         )
         released = protocol.parse_released(plain, error=BadBundleError)
-        bundle, *older = _bundles(released, signed, what)
-        return Leased(
-            bundle=bundle,
-            older=tuple(older),
-            lease_s=released.lease_s,
-            sent_s=self._sent_s,
-        )
+        bundles = _bundles(released, signed, what)
+        return _of_one_kind(bundles, released.lease_s, self._sent_s, what)
 
 
 def _bundles(
     released: protocol.Released, signed: protocol.VerdictFields, what: str
-) -> list[AnyBundle]:
+) -> list[ReleasedBundle]:
     """Read the bundles of one verdict: the first is its generation's, the others older and older.
 
     Raises: BadBundleError; then all that were read are wiped.
     """
-    made: list[AnyBundle] = []
+    made: list[ReleasedBundle] = []
     try:
         for data in (released.bundle, *released.older):
-            bundle = parse_any_bundle(data, source=what, error=BadBundleError)
+            bundle = parse_released_bundle(data, source=what, error=BadBundleError)
             made.append(bundle)
             found = (bundle.manifest.volume_id, bundle.manifest.generation)
             fits = found[1] == signed.generation
@@ -235,6 +234,25 @@ def _bundles(
             one.secret.wipe()
         raise
     return made
+
+
+def _of_one_kind(
+    bundles: Sequence[ReleasedBundle], lease_s: int, sent_s: float, what: str
+) -> AnyLeased:
+    """Make what was released of its bundles: those of a volume, or one secret alone.
+
+    Raises: BadBundleError; then all are wiped.
+    """
+    secrets = [one for one in bundles if isinstance(one, NamedSecret)]
+    volumes = [one for one in bundles if not isinstance(one, NamedSecret)]
+    if not secrets:
+        newest, *older = volumes
+        return Leased(bundle=newest, older=tuple(older), lease_s=lease_s, sent_s=sent_s)
+    if len(bundles) == 1:
+        return LeasedSecret(bundle=secrets[0], lease_s=lease_s, sent_s=sent_s)
+    for one in bundles:
+        one.secret.wipe()
+    raise BadBundleError(f"{what} comes with others, but a secret comes alone")
 
 
 def _denial(verdict: Verdict) -> KeyReleaseError:

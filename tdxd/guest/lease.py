@@ -30,6 +30,8 @@ class VolumeLease:
         self._lease: Lease | None = None
         self._expired = False
         """Whether it is known to be over: it is closed then, and no renewal comes in time."""
+        self.superseded = False
+        """Whether it was last refused because only another generation may be served now."""
         self._work: trio.CancelScope | None = None
         self._failures = around.failures("lease.not_renewed", volume_id)
 
@@ -83,12 +85,13 @@ class VolumeLease:
     def begin(self, leased: Leased) -> None:
         """Let it run from a release on."""
         self._lease, self._expired = leased.lease(), False
+        self.superseded = False
         self._failures.forget()
 
     def end(self) -> None:
         """Forget it: nothing is open any more."""
         self.give_up()
-        self._lease, self._expired = None, False
+        self._lease, self._expired, self.superseded = None, False, False
         self._failures.forget()
 
     def give_up(self) -> None:
@@ -146,6 +149,7 @@ class VolumeLease:
             found, have = [one.generation for one in released], manifest.generation
             what = "another manifest"
             if have not in found:
+                self.superseded = True
                 what = f"generation {', '.join(str(one) for one in found)}"
             text = f"key server releases {what} of volume {self._volume_id!r} now"
             hint = "its lease is not one of what is open, which closes when its own runs out"

@@ -88,7 +88,13 @@ def _daemon(daemon: Daemon, shown: dict[str, Any]) -> list[Family]:
     return [build, measured, ready, reexecs, silence]
 
 
-def _volumes(daemon: Daemon, volumes: list[dict[str, Any]]) -> list[Family]:
+def _volumes(daemon: Daemon, shown: list[dict[str, Any]]) -> list[Family]:
+    """Return what is told of each volume, by that of its generations which is there to stay."""
+    by_id: dict[str, dict[str, Any]] = {}
+    for one in sorted(shown, key=lambda one: bool(one["leaving"])):
+        if one["newer_than"] is None:
+            by_id.setdefault(one["id"], one)
+    volumes = [by_id[name] for name in sorted(by_id)]
     states = Family(
         "tdxd_volume_state", "gauge", "1 for the state that a volume is in, else 0."
     )
@@ -117,7 +123,21 @@ def _volumes(daemon: Daemon, volumes: list[dict[str, Any]]) -> list[Family]:
             if one[field] is not None:
                 family.add(1, volume=one["id"], code=one[field]["code"])
         families.append(family)
+    families.append(_rollovers(shown, [one["id"] for one in volumes]))
     return [*families, *_volume_counts(daemon, {one["id"] for one in volumes})]
+
+
+def _rollovers(shown: list[dict[str, Any]], ids: list[str]) -> Family:
+    words = "Whether a newer generation cannot take over from the open one."
+    family = Family("tdxd_volume_rollover_failing", "gauge", words)
+    failing = {
+        one["id"]
+        for one in shown
+        if one["newer_than"] is not None and one["error"] is not None
+    }
+    for volume_id in ids:
+        family.add(volume_id in failing, volume=volume_id)
+    return family
 
 
 def _volume_counts(daemon: Daemon, known: set[str]) -> list[Family]:
@@ -194,7 +214,25 @@ def _serving(daemon: Daemon, shown: dict[str, Any]) -> list[Family]:
     for (event, _volume, code), count in sorted(daemon.events.by_kind.items()):
         if event == "serving.failed" and code:
             failures.add(count, code=code)
-    return [states, restarts, servers, error, failures]
+    return [states, restarts, servers, error, failures, *_renewals(daemon, shown)]
+
+
+def _renewals(daemon: Daemon, shown: dict[str, Any]) -> list[Family]:
+    renewals = Family(
+        "tdxd_front_certificate_renewals_total",
+        "counter",
+        "How often a running front took other certificates.",
+    )
+    renewals.add(daemon.events.by_kind[("front.certificates_renewed", "", "")])
+    error = Family(
+        "tdxd_front_certificate_error",
+        "gauge",
+        "1 while this error keeps the front from showing a newer certificate.",
+    )
+    certificate = shown["certificate"]
+    if certificate is not None and certificate["error"] is not None:
+        error.add(1, code=certificate["error"]["code"])
+    return [renewals, error]
 
 
 def _values(states: type[VolumeState | ServingState]) -> list[str]:

@@ -8,11 +8,11 @@ import trio
 
 from tdxd.core.server_flags import check_flags
 from tdxd.core.serving_config import ServingConfig
-from tdxd.errors import NotReadyError
+from tdxd.errors import NotReadyError, TdxdError
 from tdxd.guest.handover import ServedVolume
 from tdxd.guest.server import ModelServer, exited_error
-from tdxd.guest.server_program import ServerPrograms
-from tdxd.guest.server_start import start_server
+from tdxd.guest.server_program import ServerProgram, ServerPrograms
+from tdxd.guest.server_start import check_models, start_server
 from tdxd.guest.serving_scene import ServingScene
 
 __all__ = ["ModelServers"]
@@ -24,12 +24,20 @@ _STEADY_S = 60.0
 
 
 class ModelServers:
-    """Starts, awaits and ends them. `forget` tells the front that a slot is gone."""
+    """Starts, awaits and ends them.
+
+    `forget` tells the front that a slot is gone; `failed` is told of one that ended by itself.
+    """
 
     def __init__(
-        self, scene: ServingScene, forget: Callable[[str], Awaitable[None]]
+        self,
+        scene: ServingScene,
+        *,
+        forget: Callable[[str], Awaitable[None]],
+        failed: Callable[[ModelServer, TdxdError], None],
     ) -> None:
         self.by_slot: dict[str, ModelServer] = {}
+        self._failed = failed
         self._scene = scene
         self._forget = forget
         self._programs = ServerPrograms(scene.host, scene.runtime_dir)
@@ -41,8 +49,7 @@ class ModelServers:
 
         Raises: ConfigError, ServeError, NotReadyError, HostError.
         """
-        program = await self._programs.choose(config)
-        check_flags(config.extra_flags, program.version)
+        program = await self._program(config)
         server = start_server(
             host=self._scene.host,
             config=config,
@@ -59,6 +66,21 @@ class ModelServers:
         )
         self.keep(server)
         self._warn_of_strangers(config, server)
+
+    async def check(
+        self, config: ServingConfig, volumes: tuple[ServedVolume, ...]
+    ) -> None:
+        """Check as far as it can be known whether one for these volumes would start.
+
+        Raises: ConfigError, ServeError, NotReadyError, HostError.
+        """
+        await self._program(config)
+        check_models(volumes)
+
+    async def _program(self, config: ServingConfig) -> ServerProgram:
+        program = await self._programs.choose(config)
+        check_flags(config.extra_flags, program.version)
+        return program
 
     def _warn_of_strangers(self, config: ServingConfig, server: ModelServer) -> None:
         there = {model.name for model in server.models}
@@ -84,7 +106,7 @@ class ModelServers:
         if trio.current_time() - server.started_s > _STEADY_S:
             scene.failures.forget()
         scene.restarts += 1
-        scene.failures.add(exited_error("the model server", status, server.lines))
+        self._failed(server, exited_error("the model server", status, server.lines))
         with scene.standstill.running("the end of a model server"):
             await self._forget(server.slot)
         scene.changes.ring()

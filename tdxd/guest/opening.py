@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from tdxd.core.bundle import KeyBundle
 from tdxd.core.config import VolumeConfig
@@ -24,6 +25,7 @@ from tdxd.host.images import ImageFile
 from tdxd.host.ports import MappedVolume, Mapper
 
 __all__ = [
+    "check_first",
     "check_kind",
     "check_mapper",
     "is_open",
@@ -35,6 +37,7 @@ __all__ = [
     "wipe",
 ]
 
+_T = TypeVar("_T")
 _OPERATORS_GENERATION = 1
 """What an operator opens has no generations."""
 _SLOWEST_BYTES_PER_S = 10e6
@@ -52,8 +55,8 @@ def map_first(
     bundles: Sequence[AnyBundle],
     *,
     cancelled: Callable[[], bool],
-) -> tuple[MappedVolume, str]:
-    """Try each candidate with each key; return what was opened and the path of its file.
+) -> tuple[MappedVolume, ImageFile]:
+    """Try each candidate with each key; return what was opened and its file.
 
     The first key comes first with all of them: an older generation is opened only if no file of a
     newer one is there. A candidate that cannot be read does not keep the others from being tried.
@@ -61,25 +64,63 @@ def map_first(
     Raises: MissingError without a candidate. If none fits: an error with the first key that may
     pass by itself, so that it is tried again, else that of the last candidate.
     """
+
+    def open_it(file: ImageFile, bundle: AnyBundle) -> MappedVolume:
+        return mapper.map_volume(
+            file.path, bundle, cancelled=cancelled, writable=spec.writable
+        )
+
+    return _first(spec, bundles, open_it, cancelled=cancelled)
+
+
+def check_first(
+    mapper: Mapper, spec: VolumeConfig, bundles: Sequence[AnyBundle]
+) -> None:
+    """Check that `map_first` would find a candidate, as far as that is seen without opening it.
+
+    Raises: as `map_first`.
+    """
+
+    def check(file: ImageFile, bundle: AnyBundle) -> None:
+        mapper.check(file.path, bundle)
+
+    _first(spec, bundles, check, cancelled=lambda: False)
+
+
+def _first(
+    spec: VolumeConfig,
+    bundles: Sequence[AnyBundle],
+    try_it: Callable[[ImageFile, AnyBundle], _T],
+    *,
+    cancelled: Callable[[], bool],
+) -> tuple[_T, ImageFile]:
     errors: list[TdxdError] = []
     files = images.candidates(spec.image)
     for bundle in bundles:
         for file in files:
             try:
-                mapped = mapper.map_volume(
-                    file.path, bundle, cancelled=cancelled, writable=spec.writable
-                )
+                return try_it(file, bundle), file
             except (VolumeError, HostError) as exc:
                 if cancelled():
                     raise
                 if bundle is bundles[0]:
                     errors.append(exc)
-            else:
-                return mapped, file.path
     if not errors:
         text = f"volume {spec.id}: no file matches {spec.image}"
         raise MissingError(text, hint="copy the image there")
-    raise next((one for one in errors if one.retry is Retry.BACKOFF), errors[-1])
+    passing = next((one for one in errors if one.retry is Retry.BACKOFF), None)
+    raise passing or _none_fits(spec, bundles[0].manifest.generation, errors)
+
+
+def _none_fits(
+    spec: VolumeConfig, generation: int, errors: Sequence[TdxdError]
+) -> TdxdError:
+    """Return the last error; of several files none alone is to blame."""
+    last = errors[-1]
+    if len(errors) == 1:
+        return last
+    text = f"none of {len(errors)} files that match {spec.image} is generation {generation}"
+    return type(last)(f"{text}; the last of them: {last.message}", hint=last.hint)
 
 
 def longest_map_s(bundles: Sequence[AnyBundle], files: Sequence[ImageFile]) -> float:

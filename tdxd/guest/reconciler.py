@@ -15,7 +15,12 @@ from tdxd.core import plan
 from tdxd.core.config import VolumeConfig
 from tdxd.core.plan import Failure, VolumePlan, VolumeSeen, VolumeState
 from tdxd.core.secret import Secret
-from tdxd.errors import IntegrityError, PassphraseNeededError, Retry, TdxdError
+from tdxd.errors import (
+    IntegrityError,
+    RefusedGenerationError,
+    Retry,
+    TdxdError,
+)
 from tdxd.guest import opening
 from tdxd.guest.failures import error_fields
 from tdxd.guest.handover import HandedFailure, HandedVolume
@@ -23,9 +28,9 @@ from tdxd.guest.last_error import LastError
 from tdxd.guest.lease import VolumeLease
 from tdxd.guest.surroundings import Surroundings
 from tdxd.guest.volume_device import VolumeDevice
+from tdxd.guest.volume_keys import VolumeKeys
 from tdxd.host import clock
 from tdxd.host.attempts import LONGEST_QUOTE_S
-from tdxd.host.ports import MappedVolume
 
 __all__ = ["VolumeReconciler"]
 
@@ -47,8 +52,12 @@ class VolumeReconciler:
         around: Surroundings,
         *,
         in_use: Callable[[VolumeReconciler], bool],
+        held: Callable[[VolumeReconciler], bool] = lambda _one: False,
+        newer_than: int | None = None,
     ) -> None:
         self.spec = spec
+        self.newer_than = newer_than
+        """The open generation that this one is to take over from; only a newer one is opened."""
         self.wanted = True
         self.leaving = False
         """Whether `run` ends once nothing is open."""
@@ -56,20 +65,19 @@ class VolumeReconciler:
         self.since = clock.wall_clock()
         self.lease = VolumeLease(spec.id, around)
         self.beat_s = trio.current_time()
-        self._host, self._release = around.host, around.release
-        self._attester, self._record = around.attester, around.record
+        self._release, self._record = around.release, around.record
         self._changes, self._events = around.changes, around.events
         self._standstill, self._nursery = around.standstill, around.nursery
         self._failures = around.failures("volume.failed", spec.id)
-        self._in_use = in_use
+        self._in_use, self._held = in_use, held
         self.device = VolumeDevice(spec, around)
+        self._keys = VolumeKeys(spec, around, self.device, self.lease)
         self._asked = 1
         """How often something was asked of it; it rests once it has looked after that."""
         self._rested_s = self.beat_s
         self._stuck_until_s: float | None = None
         self._network_news = False
         """Whether a network came up since the last attempt began."""
-        self._work: trio.CancelScope | None = None
 
     # --- what others see and ask ---
 
@@ -82,16 +90,6 @@ class VolumeReconciler:
     def last_error(self) -> LastError | None:
         """The last error there was, also after it has passed."""
         return self._failures.told
-
-    @property
-    def mapped(self) -> MappedVolume | None:
-        """What is open."""
-        return self.device.mapped
-
-    @property
-    def image(self) -> str | None:
-        """The file that was opened last."""
-        return self.device.image
 
     @property
     def generation(self) -> int | None:
@@ -122,8 +120,14 @@ class VolumeReconciler:
         if self.stalled:
             return True
         step = self._plan(trio.current_time())
-        waits = isinstance(step.action, plan.Wait) and not self.closing
-        return waits and self.device.looked == self._asked
+        passing = (VolumeState.CLOSING, VolumeState.KEYED)
+        waits = isinstance(step.action, plan.Wait) and step.state not in passing
+        return waits and self.looked
+
+    @property
+    def looked(self) -> bool:
+        """Whether it has seen what is there since something was last asked of it."""
+        return self.device.looked == self._asked
 
     @property
     def stalled(self) -> bool:
@@ -134,12 +138,12 @@ class VolumeReconciler:
     def absent(self) -> bool:
         """Whether it is known that there is no file to open."""
         step = self._plan(trio.current_time())
-        return self.device.looked == self._asked and step.state is VolumeState.ABSENT
+        return self.looked and step.state is VolumeState.ABSENT
 
     @property
     def awaited(self) -> bool:
         """Whether serving waits for it: for one that is not required only for a while."""
-        if not self.wanted or self.settled:
+        if not self.wanted or self.settled or self.closing:
             return False
         return self.spec.required or trio.current_time() < self._rested_s + _OPTIONAL_S
 
@@ -177,8 +181,17 @@ class VolumeReconciler:
         """Call an exchange or a mapping under way off."""
         self.device.give_up()
         self.lease.give_up()
-        if self._work is not None:
-            self._work.cancel()
+        self._keys.give_up()
+
+    def refuse(self, error: TdxdError) -> None:
+        """Close this generation, which cannot be served, until another file or a retry.
+
+        An older one goes on, and the key server would release this one again at once.
+        """
+        text = f"generation {self.generation} of volume {self.spec.id} cannot be served"
+        refusal = RefusedGenerationError(f"{text}: {error.message}", hint=error.hint)
+        self._failures.add(refusal, image_tag=self.device.image_tag)
+        self._changes.ring()
 
     def retry_now(self) -> None:
         """Forget the last failure and its wait."""
@@ -265,6 +278,7 @@ class VolumeReconciler:
             failure=self._failures.last,
             stuck_until_s=self._stuck_until_s,
             lease=self.lease.seen(trio.current_time()),
+            held=self._held(self),
         )
 
     def _failed_integrity(self) -> bool:
@@ -303,7 +317,7 @@ class VolumeReconciler:
                 self._failures.add(exc, image_tag=tag, at_once=news)
         else:
             self._stuck_until_s = None
-        if self.mapped is None and not self.device.bundles:
+        if self.device.mapped is None and not self.device.bundles:
             self.lease.end()
         self._changes.ring()
 
@@ -315,17 +329,15 @@ class VolumeReconciler:
             case plan.Attest():
                 await self._attest()
             case plan.AskOperator():
-                await self._ask_operator()
+                await self._keys.ask_operator()
             case plan.Map():
                 await self.device.map()
             case plan.Mount():
                 await self.device.mount()
             case plan.Record():
-                assert self.mapped is not None
-                await self._record.add(self.mapped.manifest)
+                await self._record.add(self.device.manifest)
             case plan.Renew():
-                assert self.mapped is not None
-                self.lease.start_renewal(self._nursery, self.mapped.manifest)
+                self.lease.start_renewal(self._nursery, self.device.manifest)
             case plan.Unmount():
                 await self.device.unmount()
             case plan.Unmap():
@@ -333,32 +345,19 @@ class VolumeReconciler:
             case plan.ForgetKey():
                 self.device.forget_keys()
 
-    # --- the actions ---
-
     async def _attest(self) -> None:
-        """Get the key, unless it is known beforehand that the volume could not serve then."""
         self._network_news = False
-        opening.check_mapper(self.spec, self._host.mapper)
-        with trio.CancelScope() as self._work:
-            await self._record.check()
-            leased = await self._attester.bundle(self.spec.id)
-            self.device.take(leased.bundles)
-            self.lease.begin(leased)
-        self._work = None
-
-    async def _ask_operator(self) -> None:
-        """Fail, for only an operator can help, unless one has come while RTMR3 was looked at."""
-        opening.check_mapper(self.spec, self._host.mapper)
-        await self._record.check()
-        if not self.device.bundles:
-            text = f"volume {self.spec.id}: its passphrase must come from an operator"
-            raise PassphraseNeededError(text, hint=opening.operator_hint(self.spec))
+        if not await self._keys.attest(newer_than=self.newer_than):
+            self.want(mounted=False, leave=True)
+        elif self._held(self) and self.device.bundles:
+            await self.device.check()  # before the older one makes room for it
 
     # --- over an exec ---
 
     def hand_over(self) -> HandedVolume:
         """Return what the program after this one needs; the key is wiped, not handed over."""
-        self.device.forget_keys()
+        device = self.device
+        device.forget_keys()
         failure = self._failures.last
         if failure is not None and failure.error.retry not in _LASTING:
             failure = None
@@ -369,17 +368,19 @@ class VolumeReconciler:
             leaving=self.leaving,
             state=self.state.value,
             since=self.since,
-            image=self.image,
-            mapped=self.mapped,
-            lease=self.lease.hand_over() if self.mapped else None,
+            image=device.image,
+            mapped=device.mapped,
+            lease=self.lease.hand_over() if device.mapped else None,
             failure=HandedFailure.of(failure, now_s) if failure else None,
-            read_before=self.device.read_before,
+            read_before=device.read_before,
             last_error=self.last_error,
+            newer_than=self.newer_than,
+            opened=device.opened,
         )
 
     def adopt(self, handed: HandedVolume) -> None:
         """Go on with what the program before this one opened; call it before `run`."""
-        self.leaving = handed.leaving
+        self.leaving, self.newer_than = handed.leaving, handed.newer_than
         self.wanted = handed.wanted and not handed.leaving
         self.device.adopt(handed)
         self.lease.adopt(handed.lease)

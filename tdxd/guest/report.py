@@ -13,14 +13,15 @@ from tdxd.core.config import Config
 from tdxd.core.foreign import ForeignManifest
 from tdxd.core.plan import Failure, ServingState, VolumeState
 from tdxd.errors import EX_NOPERM, EX_TEMPFAIL, EX_UNAVAILABLE, Retry
-from tdxd.guest import isolation
+from tdxd.guest import isolation, protection
 from tdxd.guest.config_files import LoadedConfig
+from tdxd.guest.named_secrets import NamedSecrets, ShownSecret
 from tdxd.guest.reconciler import VolumeReconciler
 from tdxd.guest.runtime_record import RuntimeRecord
 from tdxd.guest.serving import ServingReconciler
 from tdxd.host.ports import MappedVolume
 
-__all__ = ["failing", "failure_exit_code", "readiness", "status"]
+__all__ = ["failing", "failure_exit_code", "kept", "readiness", "status"]
 
 
 def status(
@@ -33,6 +34,7 @@ def status(
     mapper: str,
     volumes: list[VolumeReconciler],
     serving: ServingReconciler,
+    secrets: NamedSecrets,
 ) -> dict[str, Any]:
     """Return the whole status; nothing in it is secret."""
     config = loaded.config
@@ -45,11 +47,13 @@ def status(
         "ready": ready,
         "reasons": reasons,
         "config": loaded.trust.value,
+        "protection": protection.shown(loaded),
         "runtime": record.status(),
         "swap_accepted": config.security.accept_swap,
         "mapper": mapper,
         "key_servers": list(config.key_release.servers),
         "volumes": [_volume(one) for one in volumes],
+        "secrets": [_secret(one) for one in secrets.shown()],
         "serving": _serving(config, serving),
     }
 
@@ -61,7 +65,7 @@ def readiness(
     reasons = [
         f"volume {one.spec.id} is {one.state.value}"
         for one in volumes
-        if one.spec.required and not one.leaving and not one.mounted
+        if one.spec.required and not one.leaving and not _is_open(one, volumes)
     ]
     there = {one.spec.id for one in volumes if not one.leaving}
     reasons += [
@@ -69,7 +73,7 @@ def readiness(
         for spec in config.volume
         if spec.required and spec.id not in there
     ]
-    if config.serving is not None and serving.state is not ServingState.READY:
+    if config.serving is not None and not serving.serving:
         reasons.append(f"serving is {serving.state.value}")
     return not reasons, reasons
 
@@ -80,8 +84,32 @@ def _missing(config: Config, volumes: list[VolumeReconciler]) -> list[VolumeReco
     return [
         one
         for one in volumes
-        if (one.spec.required or one.spec.id in required) and not one.mounted
+        if (one.spec.required or one.spec.id in required) and not _is_open(one, volumes)
     ]
+
+
+def _is_open(one: VolumeReconciler, volumes: list[VolumeReconciler]) -> bool:
+    """Say whether any generation of it is open, and stays so."""
+    return any(
+        other.mounted and not other.leaving
+        for other in volumes
+        if other.spec.id == one.spec.id
+    )
+
+
+def kept(
+    volumes: list[VolumeReconciler], serving: ServingReconciler, secrets: NamedSecrets
+) -> list[str]:
+    """Return in words what of the last change failed, while what was there before goes on."""
+    failures = [
+        (f"volume {one.spec.id}", one.failure)
+        for one in volumes
+        if one.newer_than is not None and not one.leaving
+    ]
+    failures += [(f"secret {one.id}", one.failure) for one in secrets.shown()]
+    failures.append(("serving", serving.standing))
+    failures.append(("certificates", serving.not_renewed))
+    return [f"{what}: {one.error.message}" for what, one in failures if one is not None]
 
 
 def failing(
@@ -100,7 +128,7 @@ def failure_exit_code(
 ) -> int:
     """Return the exit code for "not ready": 77 denied, the error's own for failed, else 75."""
     failures = [one.failure for one in _missing(config, volumes)]
-    if serving.state is not ServingState.READY:
+    if not serving.serving:
         failures.append(serving.failure)
     standing = [one.error for one in failures if one is not None]
     for error in standing:
@@ -112,16 +140,18 @@ def failure_exit_code(
 
 
 def _volume(one: VolumeReconciler) -> dict[str, Any]:
-    mapped, left_s, told = one.mapped, one.lease.left_s, one.last_error
+    mapped, left_s, told = one.device.mapped, one.lease.left_s, one.last_error
     shown: dict[str, Any] = {
         "id": one.spec.id,
         "state": one.state.value,
         "since": one.since,
         "required": one.spec.required,
         "wanted": one.wanted,
+        "leaving": one.leaving,
         "kind": one.spec.kind,
         "generation": one.generation,
-        "image": one.image or one.spec.image,
+        "newer_than": one.newer_than,
+        "image": one.device.image or one.spec.image,
         "mapper": mapped.mapper if mapped else None,
         "integrity": _integrity(mapped),
         "header": _header(mapped),
@@ -139,6 +169,18 @@ def _volume(one: VolumeReconciler) -> dict[str, Any]:
         hint = "copy the image there; it is opened by itself"
         shown["error"] = {"code": "volume-missing", "message": text, "hint": hint}
     return shown
+
+
+def _secret(one: ShownSecret) -> dict[str, Any]:
+    return {
+        "id": one.id,
+        "generation": one.generation,
+        "content": one.content,
+        "sha256": one.sha256,
+        "since": one.since,
+        "lease_left_s": one.lease_left_s,
+        "error": _failure(one.failure),
+    }
 
 
 def _header(mapped: MappedVolume | None) -> str | None:
@@ -193,7 +235,21 @@ def _serving(config: Config, serving: ServingReconciler) -> dict[str, Any]:
         "isolation": isolation.shown(config.serving, serving.limits_problem)
         if config.serving
         else None,
+        "strategy": config.serving.strategy if config.serving else None,
+        "certificate": _certificate(serving),
         "error": None if steady else _failure(serving.failure),
+    }
+
+
+def _certificate(serving: ServingReconciler) -> dict[str, Any] | None:
+    """Say which certificate the front shows, and what keeps it from showing a newer one."""
+    front = serving.front
+    if front is None:
+        return None
+    return {
+        "sha256": front.certificate_sha256[:16],
+        "from": list(front.sources),
+        "error": _failure(serving.not_renewed),
     }
 
 

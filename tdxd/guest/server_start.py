@@ -16,7 +16,7 @@ from tdxd.host import content, haproxy_config
 from tdxd.host.ports import Cell, ChildSpec, Host, PrivateTmp
 from tdxd.host.proc import user_ids
 
-__all__ = ["start_server"]
+__all__ = ["check_models", "start_server"]
 
 _TMP_BYTES = 64 * 2**20
 
@@ -50,6 +50,14 @@ def start_server(
         cell=cell,
         socket_path=paths.socket,
     )
+
+
+def check_models(volumes: tuple[ServedVolume, ...]) -> None:
+    """Check that one model server can serve all these volumes.
+
+    Raises: ServeError, NotReadyError, HostError.
+    """
+    _collect(volumes, "")
 
 
 def _child(

@@ -5,25 +5,24 @@ A reconciler of its own: it observes the children, asks `core.plan.plan_serving`
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
-
 import trio
 
 from tdxd.core import plan
 from tdxd.core.config import Config, ServingConfig
 from tdxd.core.plan import Failure, ServerSeen, ServingGoal, ServingSeen, ServingState
-from tdxd.errors import HostError, TdxdError
+from tdxd.errors import TdxdError
+from tdxd.guest.certificates import Secrets, certificates_key
 from tdxd.guest.changes import Changes
 from tdxd.guest.events import Events
-from tdxd.guest.failures import Failures
+from tdxd.guest.failures import error_fields
 from tdxd.guest.front import Front, adopt_front, front_key
+from tdxd.guest.front_certificates import FrontCertificates
 from tdxd.guest.front_door import FrontDoor
-from tdxd.guest.front_start import certificates_of
 from tdxd.guest.handover import HandedServing, ServedVolume
 from tdxd.guest.model_servers import ModelServers
 from tdxd.guest.server import ModelServer, adopt_server, models_key
-from tdxd.guest.serving_scene import ServingScene
+from tdxd.guest.serving_memory import check_room
+from tdxd.guest.serving_scene import OpenVolumes, ServingScene, failures_of_serving
 from tdxd.guest.standstill import Standstill
 from tdxd.host import clock
 from tdxd.host.ports import Host
@@ -32,8 +31,8 @@ __all__ = ["ServingReconciler"]
 
 _POLL_S = 2.0
 _DRAIN_POLL_S = 0.2
-_BACKOFF_MAX_S = 30.0
 _DEAD_SOCKET = "dead socket"
+_Volumes = tuple[ServedVolume, ...]
 
 
 class ServingReconciler:
@@ -47,20 +46,13 @@ class ServingReconciler:
         standstill: Standstill,
         changes: Changes,
         events: Events,
-        volumes: Callable[[], tuple[ServedVolume, ...] | None],
-        revoked: Callable[[], frozenset[tuple[str, int | None]]],
+        volumes: OpenVolumes,
         nursery: trio.Nursery,
+        secrets: Secrets | None = None,
     ) -> None:
-        self.config = config
-        self.stopping = False
-        self.state = ServingState.STOPPED
-        self.since = clock.wall_clock()
-        self._failures = Failures(
-            backoff_max_s=_BACKOFF_MAX_S,
-            slow_s=_BACKOFF_MAX_S,
-            events=events,
-            event="serving.failed",
-        )
+        self.config, self.stopping = config, False
+        self.state, self.since = ServingState.STOPPED, clock.wall_clock()
+        self._failures = failures_of_serving(events, "serving.failed")
         self.beat_s = trio.current_time()
         self._scene = ServingScene(
             host=host,
@@ -72,11 +64,18 @@ class ServingReconciler:
             nursery=nursery,
         )
         self.door = FrontDoor(self._scene)
-        self._servers = ModelServers(self._scene, self.door.forget)
+        self._servers = ModelServers(
+            self._scene,
+            forget=self.door.forget,
+            failed=lambda one, error: self._failed(one.volumes, error, ready=one.ready),
+        )
+        self._certificates = FrontCertificates(
+            secrets, events, lambda: (self.config, self._wanted), volumes.revoked
+        )
         self._host, self._changes, self._events = host, changes, events
         self._standstill = standstill
-        self._volumes, self._revoked = volumes, revoked
-        self._wanted: tuple[ServedVolume, ...] = ()
+        self._volumes = volumes
+        self._wanted: _Volumes = ()
 
     # --- what others see and ask ---
 
@@ -105,14 +104,41 @@ class ServingReconciler:
         """The last failure, until a server has proved itself or it is forgotten."""
         return self._failures.last
 
+    @property
+    def standing(self) -> Failure | None:
+        """The last failure, while it keeps serving from what it should be now."""
+        state = self._plan(trio.current_time()).state
+        return None if state is ServingState.READY else self.failure
+
+    @property
+    def not_renewed(self) -> Failure | None:
+        """What keeps the front from showing the certificates that it should."""
+        return self._certificates.failure if self.front else None
+
     def uses(self, volume_id: str, generation: int | None) -> bool:
         """Say whether a model server was started on this volume and has not ended."""
         wanted = frozenset([(volume_id, generation)])
         return any(server.sees_any(wanted) for server in self.servers.values())
 
+    @property
+    def serving(self) -> bool:
+        """Whether the front routes to a server that is ready, whatever else goes on."""
+        return self._active() is not None
+
+    def serves(self, volume_id: str, generation: int | None) -> bool:
+        """Say whether the server that the front routes to is ready and was started on this."""
+        wanted, server = frozenset([(volume_id, generation)]), self._active()
+        return server is not None and server.sees_any(wanted)
+
+    def _active(self) -> ModelServer | None:
+        slot = None if self.front is None else self.front.active
+        server = None if slot is None else self.servers.get(slot)
+        return server if server is not None and server.ready else None
+
     def retry_now(self) -> None:
-        """Forget the last failure and its wait."""
+        """Forget the last failures and their waits."""
         self._failures.forget()
+        self._certificates.forget()
         self._changes.ring()
 
     @property
@@ -151,18 +177,21 @@ class ServingReconciler:
         if config is None or self.stopping:
             self._wanted = ()
             return None
-        settled = self._volumes()
+        settled = self._volumes.served()
         if settled is not None:
             self._wanted = settled
-        if not self._wanted:
+        makes_way = self._volumes.replacing
+        if not self._wanted and not makes_way:
             return None
         return ServingGoal(
-            models_key=models_key(self._wanted, config),
-            front_key=front_key(self._wanted, config, self.config.tls_volume),
+            models_key=None if makes_way else models_key(self._wanted, config),
+            front_key=front_key(config, supplied=self._certificates.supplied),
+            certificates_key=self._certificates.key,
+            in_place=config.strategy == "replace-in-place",
         )
 
     def _observe(self) -> ServingSeen:
-        revoked = self._revoked()
+        revoked, front = self._volumes.revoked(), self.front
         servers = tuple(
             ServerSeen(
                 slot=one.slot,
@@ -176,9 +205,12 @@ class ServingReconciler:
         return ServingSeen(
             servers=servers,
             front_key=self._front_key(),
-            front_revoked=self.config.tls_volume in {name for name, _ in revoked},
-            active=self.front.active if self.front else None,
+            front_revoked=front is not None
+            and self._certificates.revoked(front.sources),
+            active=front.active if front else None,
             failure=self.failure,
+            certificates_key=certificates_key(front.sources) if front else None,
+            not_renewed=self.not_renewed,
         )
 
     def _front_key(self) -> str | None:
@@ -195,28 +227,60 @@ class ServingReconciler:
             self._changes.ring()
 
     async def _act(self, action: plan.ServingAction) -> None:
+        wanted = self._wanted
         try:
             await self._do(action)
         except TdxdError as exc:
-            self._failures.add(exc)
-            slot = getattr(action, "slot", None)
-            if isinstance(action, plan.PollReady) and slot in self.servers:
-                await self._servers.stop(slot)
+            await self._failed_at(action, exc, wanted)
         if action != self._plan(trio.current_time()).action:
             self._changes.ring()  # polling alone is no news
+
+    async def _failed_at(
+        self, action: plan.ServingAction, error: TdxdError, wanted: _Volumes
+    ) -> None:
+        match action:
+            case plan.StartServer():
+                self._failed(wanted, error, ready=False)
+            case plan.PollReady(slot) if slot in self.servers:
+                volumes = self.servers[slot].volumes
+                await self._servers.stop(slot)
+                self._failed(volumes, error, ready=False)
+            case plan.RenewCertificates():
+                self._certificates.failed(error)
+            case _:
+                self._failures.add(error)
+
+    def _failed(self, volumes: _Volumes, error: TdxdError, *, ready: bool) -> None:
+        """Keep a failure, unless a new generation takes the blame of a server never ready.
+
+        If other volumes are wanted by now, it is nobody's.
+        """
+        self._goal()
+        if not ready and volumes != self._wanted:
+            return
+        if ready or not self._volumes.refuse(volumes, error):
+            self._failures.add(error)
+            return
+        self._events.emit(
+            "serving.generation_refused", level="warning", **error_fields(error)
+        )
+        active = self._active()  # until there is word of other volumes
+        self._wanted = active.volumes if active is not None else ()
 
     async def _do(self, action: plan.ServingAction) -> None:
         match action:
             case plan.StartServer(slot):
+                if self.servers:
+                    await check_room(self._host, self.servers.values())
                 await self._servers.start(slot, self._config(), self._wanted)
             case plan.PollReady(slot):
                 await self._servers.poll_ready(slot, self._config())
             case plan.StartFront(slot):
                 await self._start_front(slot)
             case plan.SwitchFront(slot):
-                assert self.front is not None
-                await self.front.switch(slot)
-                self._events.emit("serving.switched", slot=slot)
+                await self._switch(slot)
+            case plan.RenewCertificates():
+                await self._renew()
             case plan.DrainServer(slot):
                 await self._drain(slot)
             case plan.StopServer(slot):
@@ -229,28 +293,49 @@ class ServingReconciler:
         assert config is not None, "without it nothing is planned but an end"
         return config
 
+    async def _switch(self, slot: str) -> None:
+        assert self.front is not None, "it was seen"
+        await self.front.switch(slot)
+        if (server := self.servers.get(slot)) is not None:
+            server.drained, server.drain_until_s = False, None
+        self._events.emit("serving.switched", slot=slot)
+
     async def _drain(self, slot: str) -> None:
-        config, server = self.config.serving, self.servers.get(slot)
-        if config is None or server is None or self.front is None:
+        config, server, front = self._config(), self.servers.get(slot), self.front
+        if server is None:
             return
         now_s = trio.current_time()
+        if front is not None and front.active == slot:
+            # It is replaced in place: not for one that is known not to start.
+            try:
+                await self._servers.check(config, self._wanted)
+            except TdxdError as exc:
+                self._failed(self._wanted, exc, ready=False)
+                return
+            self._events.emit("serving.replacing", slot=slot)
+            await self.door.forget(slot)
         if server.drain_until_s is None:
             server.drain_until_s = now_s + config.drain_timeout_s
-        if await self.front.streams(slot) == 0 or now_s > server.drain_until_s:
+        late = now_s > server.drain_until_s
+        if front is None or late or await front.streams(slot) == 0:
             server.drained = True
             return
         await trio.sleep(_DRAIN_POLL_S)
 
+    async def _renew(self) -> None:
+        """Change certificates in the running front, or end it where only another can have them."""
+        certificates = self._certificates.read()
+        if await self.door.renew(certificates):
+            self._certificates.proven = certificates
+        else:
+            await self._stop_front()
+        self._certificates.forget()
+
     async def _start_front(self, slot: str) -> None:
-        config = self._config()
-        mount_points = {one.volume_id: one.mount_point for one in self._wanted}
-        tls_volume = self.config.tls_volume
-        await self.door.start(
-            slot,
-            config,
-            certificates_of(tls_volume, mount_points, config),
-            front_key(self._wanted, config, tls_volume),
-        )
+        certificates, config = self._certificates.to_start(), self._config()
+        key = front_key(config, supplied=self._certificates.supplied)
+        await self.door.start(slot, config, certificates, key)
+        self._certificates.proven = certificates
 
     async def _stop_front(self) -> None:
         if self.front is None:
@@ -264,6 +349,7 @@ class ServingReconciler:
         await self.door.stop(drain_s)
         if self.stopping or config is None:
             self.door.close()
+            self._certificates.proven = None
 
     # --- over an exec ---
 
@@ -287,21 +373,11 @@ class ServingReconciler:
         self._scene.restarts, self._wanted = handed.restarts, handed.wanted
         self.door.adopt(handed.listener, handed.rest_listener)
         for server in handed.servers:
-            with self._not_adopted(server.child.name):
+            with self._scene.adopting(server.child.name):
                 self._servers.keep(adopt_server(server, self._host))
         if handed.front is not None:
-            with self._not_adopted("front"):
+            with self._scene.adopting("front"):
                 self.door.keep(adopt_front(handed.front, self._host))
-
-    @contextlib.contextmanager
-    def _not_adopted(self, name: str) -> Iterator[None]:
-        """Go on without a child that is none of ours any more: another one is started."""
-        try:
-            yield
-        except HostError as exc:
-            self._events.emit(
-                "child.not_adopted", level="warning", child=name, error=exc.message
-            )
 
     # --- the end ---
 

@@ -9,7 +9,7 @@ import threading
 import trio
 
 from tdxd.core.config import VolumeConfig
-from tdxd.core.foreign import AnyBundle
+from tdxd.core.foreign import AnyBundle, AnyManifest
 from tdxd.core.plan import Failure
 from tdxd.core.secret import Secret
 from tdxd.errors import BusyError, TdxdError, UsageError
@@ -39,8 +39,11 @@ class VolumeDevice:
         """The candidates, as of the last look."""
         self.bundles: tuple[AnyBundle, ...] = ()
         """The keys, from when they come until they are tried."""
+        self.fits = False
+        """Whether a candidate was seen to be the one of the keys."""
         self.mapped: MappedVolume | None = None
-        self.image: str | None = None
+        self.opened: ImageFile | None = None
+        """The file that was opened last, as it was then."""
         self.intact = True
         """Whether the last look found what is open as it was opened."""
         self.doubted = False
@@ -78,6 +81,11 @@ class VolumeDevice:
         return opened.manifest.generation if opened else None
 
     @property
+    def manifest(self) -> AnyManifest:
+        """Of what is mapped."""
+        return self._device().manifest
+
+    @property
     def mount_point(self) -> str:
         """Where this generation is, or would be, mounted."""
         return os.path.join(self._directory, f"{self.spec.id}@{self.generation or 0}")
@@ -96,6 +104,16 @@ class VolumeDevice:
     def image_tag(self) -> tuple[int, ...] | None:
         """What changes with the candidates."""
         return images.tag_of(self.files)
+
+    @property
+    def image(self) -> str | None:
+        """The path of the file that was opened last."""
+        return self.opened.path if self.opened else None
+
+    @property
+    def others(self) -> tuple[ImageFile, ...]:
+        """The candidates that are not the file that was opened: a newer image may be among them."""
+        return tuple(one for one in self.files if one != self.opened)
 
     @property
     def bytes_read(self) -> int | None:
@@ -167,7 +185,7 @@ class VolumeDevice:
         except TdxdError:
             opening.wipe(bundles)
             raise
-        self.bundles = bundles
+        self.bundles, self.fits = bundles, False
 
     def offer(self, passphrase: Secret) -> None:
         """Take an operator's passphrase; it is wiped if it is not used.
@@ -197,7 +215,7 @@ class VolumeDevice:
     def forget_keys(self) -> None:
         """Wipe them."""
         opening.wipe(self.bundles)
-        self.bundles = ()
+        self.bundles, self.fits = (), False
 
     @property
     def given_up(self) -> bool:
@@ -210,6 +228,23 @@ class VolumeDevice:
 
     # --- the steps ---
 
+    async def check(self) -> None:
+        """See whether a candidate is the one of the keys, which are wiped if not.
+
+        Raises: as `opening.map_first`.
+        """
+        bundles = self.bundles
+        try:
+            await self._hands.run(
+                "checking its image",
+                lambda: opening.check_first(self._mapper, self.spec, bundles),
+                allowance_s=_STEP_S,
+            )
+        except TdxdError:
+            self.forget_keys()
+            raise
+        self.fits = self.bundles is bundles
+
     async def map(self) -> None:
         """Open the candidate that a manifest matches; the keys are wiped either way.
 
@@ -218,16 +253,16 @@ class VolumeDevice:
         bundles = self.bundles
         self._stop_work.clear()
 
-        def map_it() -> tuple[MappedVolume, str, int]:
-            mapped, path = opening.map_first(
+        def map_it() -> tuple[MappedVolume, ImageFile, int]:
+            mapped, file = opening.map_first(
                 self._mapper, self.spec, bundles, cancelled=self._stop_work.is_set
             )
-            return mapped, path, block_stat.bytes_read(mapped.device) or 0
+            return mapped, file, block_stat.bytes_read(mapped.device) or 0
 
         try:
             opening.check_mapper(self.spec, self._mapper)
             self.intact = True
-            self.mapped, self.image, self.read_before = await self._hands.run(
+            self.mapped, self.opened, self.read_before = await self._hands.run(
                 "opening its image",
                 map_it,
                 allowance_s=opening.longest_map_s(bundles, self.files),
@@ -237,7 +272,7 @@ class VolumeDevice:
 
     async def mount(self) -> None:
         """Mount what is mapped."""
-        mapped, point = self._opened(), self.mount_point
+        mapped, point = self._device(), self.mount_point
         await self._hands.run(
             f"mounting {mapped.device}",
             lambda: self._mounts.mount_volume(mapped, point),
@@ -255,7 +290,7 @@ class VolumeDevice:
 
     async def unmap(self) -> None:
         """Close the device and all below it."""
-        mapped = self._opened()
+        mapped = self._device()
         self._closing = True
         try:
             await self._hands.run(
@@ -269,11 +304,11 @@ class VolumeDevice:
 
     def adopt(self, handed: HandedVolume) -> None:
         """Go on with what the program before this one opened."""
-        self.mapped, self.image = handed.mapped, handed.image
+        self.mapped, self.opened = handed.mapped, handed.file
         self.read_before = handed.read_before
         self.doubted = self.mapped is not None and not opening.is_open(self.mapped)
 
-    def _opened(self) -> MappedVolume:
+    def _device(self) -> MappedVolume:
         assert self.mapped is not None
         return self.mapped
 

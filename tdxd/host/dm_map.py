@@ -26,7 +26,7 @@ from tdxd.core.foreign import (
 )
 from tdxd.errors import BusyError, HostError
 from tdxd.host import dm, keyring, loop
-from tdxd.host.image_file import check_root, open_file, open_image
+from tdxd.host.image_file import check_image, check_root, open_file, open_image
 from tdxd.host.os_error import as_host_error
 from tdxd.host.ports import MappedVolume
 from tdxd.host.workers import cancelled_error
@@ -46,6 +46,13 @@ class DmMapper:
     """
 
     name: Literal["dm", "memory"] = "dm"
+
+    def check(self, image: str, bundle: AnyBundle) -> None:
+        """Check that an image is the one of a key, and open nothing.
+
+        Raises: MissingError, BadHeaderError, IntegrityError, HostError.
+        """
+        check_image(image, bundle)
 
     def map_volume(
         self,

@@ -16,21 +16,10 @@ from pathlib import Path
 from typing import Literal
 
 from tdxd.errors import TdxdError
-from tdxd.host import dm, machine
+from tdxd.host import dm
 
 __all__ = ["MachineFacts", "Problem", "gather_machine"]
 
-AGENTS = {
-    "qemu-guest-agent": ("usr/sbin/qemu-ga", "usr/bin/qemu-ga"),
-    "cloud-init": ("usr/bin/cloud-init",),
-    "google-guest-agent": ("usr/bin/google_guest_agent",),
-    "google-osconfig-agent": ("usr/bin/google_osconfig_agent",),
-    "walinuxagent": ("usr/sbin/waagent", "usr/bin/waagent"),
-    "amazon-ssm-agent": ("usr/bin/amazon-ssm-agent",),
-    "open-vm-tools": ("usr/bin/vmtoolsd",),
-    "spice-vdagent": ("usr/sbin/spice-vdagentd",),
-}
-"""Programs by which a host commands a guest, with their places."""
 _UNIT_PLACES = ("etc/systemd/system", "usr/lib/systemd/system", "lib/systemd/system")
 _UNIT = "tdxd.service"
 _TIME_ERROR = 5
@@ -60,15 +49,12 @@ class MachineFacts:
     uid: int
     kernel: str
     """As uname(2) has it, for example `6.18.21-amd64`."""
-    tdx_cpu: bool
     device_mapper: bool
     loop: bool
     file_systems: frozenset[str]
     """Those of interest that this kernel has or can load."""
     memory_bytes: int
-    swap: tuple[str, ...]
     unit: Unit
-    agents: tuple[str, ...]
     group: bool
     user: bool
     clock_s: float
@@ -86,14 +72,11 @@ def gather_machine(
     return MachineFacts(
         uid=os.geteuid(),
         kernel=os.uname().release,
-        tdx_cpu=machine.is_tdx_guest(str(place / "proc/cpuinfo")),
         device_mapper=dm.available(),
         loop=(place / "dev/loop-control").exists(),
         file_systems=_file_systems(place, ("erofs",)),
         memory_bytes=_memory_bytes(place),
-        swap=machine.swap_areas(str(place / "proc/swaps")),
         unit=_unit(place),
-        agents=_agents(place),
         group=group is None or _exists(grp.getgrnam, group),
         user=user is None or _exists(pwd.getpwnam, user),
         clock_s=time.time(),
@@ -133,14 +116,6 @@ def _unit(place: Path) -> Unit:
         return "enabled"
     found = any((place / one / _UNIT).exists() for one in _UNIT_PLACES)
     return "disabled" if found else "absent"
-
-
-def _agents(place: Path) -> tuple[str, ...]:
-    return tuple(
-        name
-        for name, paths in AGENTS.items()
-        if any((place / path).exists() for path in paths)
-    )
 
 
 def _exists(look_up: object, name: str) -> bool:

@@ -6,16 +6,19 @@ Source: HAProxy 2.6 management guide §9.3.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 
 import trio
 
-from tdxd.errors import HostError, NotReadyError
+from tdxd.errors import DataError, HostError, NotReadyError
 from tdxd.host.haproxy_config import BACKENDS
 
-__all__ = ["RuntimeApi", "secret_memfd"]
+__all__ = ["PAYLOAD_MAX_BYTES", "RuntimeApi", "secret_memfd"]
 
+PAYLOAD_MAX_BYTES = 15_000
+"""A command with its payload must fit into one buffer of 16 KiB, less what HAProxy needs of it."""
 _REPLY_MAX_BYTES = 256 * 1024
 
 
@@ -57,15 +60,16 @@ class RuntimeApi:
             raise HostError.of("listen", self.path, exc) from exc
         return made
 
-    async def command(self, line: str) -> str:
-        """Send one command and return its answer.
+    async def command(self, line: str, payload: bytes = b"") -> str:
+        """Send one command and return its answer; a payload has no empty line.
 
-        Raises: NotReadyError if the front does not answer, or says the command failed.
+        Raises: NotReadyError if the front does not answer.
         """
+        sent = line.encode() + (b" <<\n" + payload if payload else b"") + b"\n"
         try:
             with trio.fail_after(5):
                 async with await trio.open_unix_socket(self.path) as stream:
-                    await stream.send_all(line.encode() + b"\n")
+                    await stream.send_all(sent)
                     data = b""
                     while chunk := await stream.receive_some(65536):
                         data += chunk
@@ -90,6 +94,47 @@ class RuntimeApi:
         Raises: NotReadyError.
         """
         await self._set_state(slot, "maint")
+
+    async def set_certificates(
+        self, certificate: bytes, client_ca: bytes | None
+    ) -> None:
+        """Show another certificate on new connections, and ask clients for another authority's.
+
+        Both are PEM without empty lines, the certificate with its key. All or nothing: if one is
+        refused the old ones stay in use.
+
+        Raises: DataError in the front's words if it refuses one, NotReadyError.
+        """
+        changes = [("cert", await self._name_of("cert"), certificate)]
+        if client_ca is not None:
+            changes.insert(0, ("ca-file", await self._name_of("ca-file"), client_ca))
+        try:
+            for kind, name, pem in changes:
+                await self._change(f"set ssl {kind} {name}", "ransaction ", pem)
+            for kind, name, _pem in changes:
+                await self._change(f"commit ssl {kind} {name}", "Success!")
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                for kind, name, _pem in changes:
+                    with contextlib.suppress(NotReadyError):
+                        await self.command(f"abort ssl {kind} {name}")
+            raise
+
+    async def _name_of(self, kind: str) -> str:
+        """Return the name under which its configuration has its only certificate or authority."""
+        lines = (await self.command(f"show ssl {kind}")).splitlines()
+        # "*" stands before a change that is not committed.
+        names = {one.lstrip("*").split(" ")[0] for one in lines if one}
+        ours = [one for one in names if one.startswith("/")]
+        if len(ours) != 1:
+            raise NotReadyError(f"the front shows {len(ours)} names of a {kind}, not 1")
+        return ours[0]
+
+    async def _change(self, command: str, success: str, payload: bytes = b"") -> None:
+        answer = await self.command(command, payload)
+        if success not in answer:
+            said = " ".join(answer.split())[:300] or "nothing"
+            raise DataError(f"the front refuses to {command}: it said {said}")
 
     async def _set_state(self, slot: str, state: str) -> None:
         for backend in BACKENDS:

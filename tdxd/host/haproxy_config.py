@@ -95,6 +95,7 @@ def configuration(spec: FrontSpec) -> str:
 def _general(spec: FrontSpec) -> str:
     config = spec.config
     level = "info" if config.access_log else "notice"
+    sessions = "" if spec.client_ca_fd is None else "    tune.ssl.cachesize 0\n"
     quiet = "" if config.access_log else "    option dontlog-normal\n"
     return f"""\
 global
@@ -105,6 +106,7 @@ global
     maxconn {config.max_connections}
     hard-stop-after {max(1, round(config.drain_timeout_s))}s
     ssl-default-bind-options ssl-min-ver TLSv1.3
+{sessions}\
     tune.h2.initial-window-size 1048576
 
 defaults
@@ -144,7 +146,7 @@ frontend grpc
 {_rate(spec)}\
 {refuse("rate", _over_rate(spec)) if rated else ""}\
 {refuse("length", _longer_than(limit))}\
-{refuse("server", f"if {none} {{ nbsrv(models) eq 0 }}")}\
+{refuse("server", f"if {none} {_without_server('models')}")}\
 {use}\
     default_backend models
 
@@ -173,7 +175,7 @@ frontend rest
     {_rest_error(411, "a request must tell its length")} if posts \
 !{{ req.hdr(content-length) -m found }}
     {_rest_error(413, f"request longer than {limit} bytes")} {_longer_than(limit)}
-    {_rest_error(503, "no model server is ready")} if {{ nbsrv(models_rest) eq 0 }}
+    {_rest_error(503, "no model server is ready")} if {_without_server("models_rest")}
     default_backend models_rest
 
 """
@@ -209,7 +211,8 @@ def _backends(spec: FrontSpec) -> str:
 def _tls(spec: FrontSpec) -> str:
     tls = f"ssl crt /dev/fd/{spec.certificate_fd}"
     if spec.client_ca_fd is not None:
-        tls += f" ca-file /dev/fd/{spec.client_ca_fd} verify required"
+        # A session that goes on is not verified again: not by other authorities either.
+        tls += f" ca-file /dev/fd/{spec.client_ca_fd} verify required no-tls-tickets"
     return tls
 
 
@@ -220,6 +223,11 @@ def _health() -> str:
         f"    {answer} status 200 string ok if {{ path /healthz }} {{ nbsrv(models) gt 0 }}\n"
         f"    {answer} status 503 string no if {{ path /healthz }}\n"
     )
+
+
+def _without_server(backend: str) -> str:
+    """Return the condition that no server is there; a front that ends counts none any more."""
+    return f"{{ nbsrv({backend}) eq 0 }} !{{ stopping }}"
 
 
 def _rate(spec: FrontSpec) -> str:

@@ -17,13 +17,15 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from tdxd.core import sealed, verity
-from tdxd.core.bundle import BLOCK_BYTES, Manifest
+from tdxd.core.bundle import BLOCK_BYTES, KeyBundle, Manifest, volume_key
+from tdxd.core.foreign import AnyBundle
 from tdxd.core.verity import DIGESTS_PER_BLOCK, Level
 from tdxd.errors import BadHeaderError, HostError, IntegrityError, MissingError
 from tdxd.host.os_error import as_host_error
 
 __all__ = [
     "Leaves",
+    "check_image",
     "check_root",
     "open_file",
     "open_image",
@@ -191,6 +193,16 @@ def check_root(path: str, fd: int, manifest: Manifest, key: bytes) -> None:
     levels = verity.geometry(manifest.data_blocks).levels
     top = levels[0].first_block if levels else 0
     _Tree(path=path, fd=fd, manifest=manifest, key=key, out_fd=-1).open_top(top)
+
+
+def check_image(path: str, bundle: AnyBundle) -> None:
+    """Check that an image is the one of a key, by one block; of a foreign one nothing is known.
+
+    Raises: MissingError, BadHeaderError, IntegrityError, HostError.
+    """
+    if isinstance(bundle, KeyBundle):
+        with open_image(path, bundle.manifest) as fd, volume_key(bundle) as key:
+            check_root(path, fd, bundle.manifest, key.reveal())
 
 
 def _write(path: str, fd: int, data: memoryview, offset: int) -> None:

@@ -19,7 +19,13 @@ from tdxd.core.bundle import BLOCK_BYTES, KeyBundle, volume_key
 from tdxd.core.foreign import AnyBundle, AnyManifest, PassphraseBundle
 from tdxd.errors import HostError, IntegrityError, TdxdError
 from tdxd.host import loop
-from tdxd.host.image_file import open_file, open_image, open_tree, read_range
+from tdxd.host.image_file import (
+    check_image,
+    open_file,
+    open_image,
+    open_tree,
+    read_range,
+)
 from tdxd.host.os_error import as_host_error
 from tdxd.host.ports import MappedVolume
 from tdxd.host.range_worker import Task
@@ -50,6 +56,13 @@ class MemoryMapper:
     def __init__(self, *, limit_bytes: int, workers: int | None = None) -> None:
         self._limit_bytes = limit_bytes
         self._workers = workers or len(os.sched_getaffinity(0))
+
+    def check(self, image: str, bundle: AnyBundle) -> None:
+        """Check that an image is the one of a key, and open nothing.
+
+        Raises: MissingError, BadHeaderError, IntegrityError, HostError.
+        """
+        check_image(image, bundle)
 
     def map_volume(
         self,

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Literal, Protocol
 
 from tdxd.core.foreign import AnyBundle, AnyManifest
-from tdxd.host import clock
+from tdxd.host import clock, machine, tree_memory
 from tdxd.host.cgroup import Limits
 from tdxd.host.confine import Confinement
 
@@ -90,6 +90,15 @@ class Mapper(Protocol):
     """
 
     name: Literal["dm", "memory"]
+
+    def check(self, image: str, bundle: AnyBundle) -> None:
+        """Check that an image is the one of a key, by one read; nothing is opened.
+
+        Of a foreign one nothing can be said without unlocking it.
+
+        Raises: MissingError, BadHeaderError, IntegrityError, HostError.
+        """
+        ...
 
     def map_volume(
         self,
@@ -294,3 +303,5 @@ class Host:
     children: Children
     random_bytes: Callable[[int], bytes]
     boottime_s: Callable[[], float] = clock.boottime_s
+    available_memory_bytes: Callable[[], int] = machine.available_memory_bytes
+    tree_memory_bytes: Callable[[int], int] = tree_memory.tree_memory_bytes

@@ -44,8 +44,14 @@ def main(directory: str) -> None:
             )
             return {"id": made}
 
+        @tf.function(input_signature=[tf.TensorSpec([], tf.int32, "count")])
+        def fill(self, count):
+            """Take four bytes for each of so many numbers, and count on all processors."""
+            numbers = tf.fill([count], 1.0)
+            return {"mean": tf.reduce_mean(tf.sin(numbers) * 0.0 + numbers)}
+
     made = Hostile()
-    names = ("read", "write", "look", "dial")
+    names = ("read", "write", "look", "dial", "fill")
     signatures = {name: getattr(made, name) for name in names}
     signatures["serving_default"] = made.read
     tf.saved_model.save(made, directory, signatures=signatures)

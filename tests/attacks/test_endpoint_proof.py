@@ -179,14 +179,18 @@ def test_nothing_is_sent_to_who_takes_the_place_of_an_attested_guest(
     assert "is not the one that was attested" in message
 
 
-def test_rotated_certificate(client: Client) -> None:
-    """Between the proof and the first request it fails closed; asked again, it is believed."""
+@pytest.mark.parametrize("change", ["renew", "rotate"])
+def test_rotated_certificate(client: Client, change: str) -> None:
+    """Between the proof and the first request it fails closed; asked again, it is believed.
+
+    The same whether the front takes the certificate while it runs or is another one.
+    """
     with proving_guest(booted_anew(client.platform)) as own:
         own.serve_volume(VOLUME)
         before = fetch_proof(endpoint(own.address))
         assert client.judge(before).accepted
         renewed, _public = self_signed("localhost")
-        own.rotate(renewed)
+        getattr(own, change)(renewed)
         assert refused(attested(before, own.address))[0] == "not-attested"
         assert own.model.heard == []
         again = fetch_proof(endpoint(own.address))

@@ -287,7 +287,7 @@ async def test_revocation_reaches_a_guest_that_runs(
         boottime.offset_s += LEASE_S * 0.7
         daemon.changes.ring()
         await until_event(daemon, "lease.not_renewed")
-        assert daemon.volume("model").mounted
+        assert daemon.volumes.named("model").mounted
         boottime.offset_s += LEASE_S * 0.4
         daemon.changes.ring()
         await daemon.until(state(daemon, VolumeState.DENIED))
@@ -353,8 +353,8 @@ async def test_a_lease_does_not_outlast_a_suspension(
     async with world.daemon() as daemon:
         await daemon.until(state(daemon, VolumeState.MOUNTED))
         boottime.offset_s += 86400
-        assert not daemon.volume("model").mounted
-        assert daemon._revoked() == {("model", 1)}
+        assert not daemon.volumes.named("model").mounted
+        assert daemon.volumes.revoked() == {("model", 1)}
 
 
 # --- the runtime record -------------------------------------------------------

@@ -159,11 +159,11 @@ async def test_the_other_volume_opens_and_the_watchdog_is_fed(world, file, block
     hang(file, block)
     async with running(world, file) as daemon:
         await until_it_hangs(daemon, file)
-        slow = daemon.volume(SLOW)
+        slow = daemon.volumes.named(SLOW)
         assert slow.beat_s > trio.current_time() + LONG_S
-        daemon.volume(GOOD).want(mounted=False)
+        daemon.volumes.named(GOOD).want(mounted=False)
         await daemon.until(state(daemon, VolumeState.ABSENT, GOOD))
-        daemon.volume(GOOD).want(mounted=True)
+        daemon.volumes.named(GOOD).want(mounted=True)
         await daemon.until(state(daemon, VolumeState.MOUNTED, GOOD))
         file.heal()
         await daemon.until(state(daemon, VolumeState.MOUNTED, SLOW))
@@ -174,7 +174,7 @@ async def test_it_is_told_and_ends_by_itself(world, file, block, impatient):
     hang(file, block)
     async with running(world, file) as daemon:
         await until_it_hangs(daemon, file)
-        await daemon.until(lambda: daemon.volume(SLOW).stalled)
+        await daemon.until(lambda: daemon.volumes.named(SLOW).stalled)
         told = shown(daemon, SLOW)["error"]
         assert isinstance(told, dict)
         assert told["code"] == "volume-stalled"
@@ -190,12 +190,12 @@ async def test_what_is_called_off_meanwhile_is_not_opened_later(world, file, blo
     hang(file, block)
     async with running(world, file) as daemon:
         await until_it_hangs(daemon, file)
-        daemon.volume(SLOW).want(mounted=False)
+        daemon.volumes.named(SLOW).want(mounted=False)
         file.heal()
         await daemon.until(state(daemon, VolumeState.ABSENT, SLOW))
-        assert daemon.volume(SLOW).mapped is None
+        assert daemon.volumes.named(SLOW).device.mapped is None
         (only,) = devices()
-        mapped = daemon.volume(GOOD).mapped
+        mapped = daemon.volumes.named(GOOD).device.mapped
         assert mapped is not None
         assert only == mapped.device
 
@@ -249,10 +249,10 @@ async def test_a_directory_that_hangs_holds_up_no_other_volume(world, file, impa
     file.hang_names()
     async with running(world, file) as daemon:
         await until_it_hangs(daemon, file)
-        await daemon.until(lambda: daemon.volume(SLOW).stalled)
-        assert daemon.volume(SLOW).beat_s > trio.current_time() + LONG_S
+        await daemon.until(lambda: daemon.volumes.named(SLOW).stalled)
+        assert daemon.volumes.named(SLOW).beat_s > trio.current_time() + LONG_S
         assert shown(daemon, GOOD)["state"] == "mounted"
-        daemon.volume(GOOD).want(mounted=False)
+        daemon.volumes.named(GOOD).want(mounted=False)
         await daemon.until(state(daemon, VolumeState.ABSENT, GOOD))
         file.heal()
         await daemon.until(state(daemon, VolumeState.MOUNTED, SLOW))
@@ -265,11 +265,11 @@ async def test_a_directory_that_hangs_later_closes_nothing(world, file, impatien
         file.hang_names()
         daemon.changes.ring()
         await trio.to_thread.run_sync(file.until_something_hangs)
-        await daemon.until(lambda: daemon.volume(SLOW).stalled)
+        await daemon.until(lambda: daemon.volumes.named(SLOW).stalled)
         assert shown(daemon, SLOW)["state"] == "mounted"
         assert shown(daemon, GOOD)["state"] == "mounted"
         file.heal()
-        await daemon.until(lambda: not daemon.volume(SLOW).stalled)
+        await daemon.until(lambda: not daemon.volumes.named(SLOW).stalled)
 
 
 async def test_a_disk_error_is_tried_again_by_itself(world, file):

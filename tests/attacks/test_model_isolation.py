@@ -23,8 +23,9 @@ import pytest
 import trio
 
 from tdxd.core.config import Address, ServingConfig
+from tdxd.guest.certificates import Certificates
 from tdxd.guest.front import Front
-from tdxd.guest.front_start import Certificates, Sockets, start_front
+from tdxd.guest.front_start import Sockets, start_front
 from tdxd.guest.handover import ServedVolume
 from tdxd.guest.listener import listen_tcp
 from tdxd.guest.server import ModelServer

@@ -10,7 +10,12 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from tdxd.core import hpke
 from tdxd.core import keyrelease as protocol
-from tdxd.core.foreign import parse_any_bundle
+from tdxd.core.named_secret import (
+    NamedSecret,
+    SecretManifest,
+    parse_released_bundle,
+)
+from tdxd.core.secret import Secret
 from tdxd.errors import BadBundleError, DeniedError
 from tdxd.guest import keyfetch
 from tdxd.guest.leased import Leased
@@ -173,10 +178,10 @@ async def test_older_bundles_that_are_none_are_refused_and_wiped(
     read = []
 
     def seen(*args, **fields):
-        read.append(parse_any_bundle(*args, **fields))
+        read.append(parse_released_bundle(*args, **fields))
         return read[-1]
 
-    monkeypatch.setattr(keyfetch, "parse_any_bundle", seen)
+    monkeypatch.setattr(keyfetch, "parse_released_bundle", seen)
     sender = Sender(owner, *(make_bundle(*one) for one in sent))
     with serving(sender, owner.server_tls()) as address:
         got = (await owner.fetch("v", config=owner.config(address)))["v"]
@@ -184,6 +189,31 @@ async def test_older_bundles_that_are_none_are_refused_and_wiped(
     assert f"holds volume '{sent[-1][0]}' generation {sent[-1][1]}" in got.message
     assert len(read) == len(sent)
     assert all(one.secret.wiped for one in read)
+
+
+def named_secret(generation):
+    manifest = SecretManifest(volume_id="v", generation=generation, content="file")
+    return NamedSecret(manifest=manifest, secret=Secret(b"open sesame"))
+
+
+@pytest.mark.parametrize("older", [named_secret, lambda one: make_bundle("v", one)])
+async def test_a_secret_that_does_not_come_alone_is_refused_and_wiped(
+    owner, older, monkeypatch
+):
+    owner.add("v")
+    read = []
+
+    def seen(*args, **fields):
+        read.append(parse_released_bundle(*args, **fields))
+        return read[-1]
+
+    monkeypatch.setattr(keyfetch, "parse_released_bundle", seen)
+    sender = Sender(owner, named_secret(3), older(2))
+    with serving(sender, owner.server_tls()) as address:
+        got = (await owner.fetch("v", config=owner.config(address)))["v"]
+    assert isinstance(got, BadBundleError)
+    assert "a secret comes alone" in got.message
+    assert [one.secret.wiped for one in read] == [True, True]
 
 
 async def test_older_bundles_reach_the_guest_in_order(owner):

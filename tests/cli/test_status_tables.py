@@ -96,3 +96,18 @@ def test_an_error_of_now_hides_the_last_one(capsys):
     error = {"message": "no route", "hint": ""}
     status_tables._show_volumes([{**VOLUME, "error": error}])
     assert capsys.readouterr().out.splitlines()[2:] == ["volume digits: no route"]
+
+
+def test_what_is_protected_and_what_is_not(capsys):
+    good = {"name": "swap", "protected": True, "text": "there is no swap", "hint": ""}
+    bad = {"name": "tdx", "protected": False, "text": "no TDX", "hint": "none helps"}
+    status_tables._show_protection([bad, good])
+    assert capsys.readouterr().out.splitlines() == [
+        "protection: swap",
+        "NOT protected: tdx: no TDX",
+        "  hint: none helps",
+    ]
+    status_tables._show_protection([bad])
+    assert capsys.readouterr().out.startswith("protection: none\nNOT protected: tdx")
+    status_tables._show_protection([])  # a daemon of an older version
+    assert capsys.readouterr().out == ""

@@ -262,7 +262,7 @@ def test_a_terminal_that_hung_up_is_told_in_words(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(passphrase, "_TERMINAL", "/dev/null")
-    monkeypatch.setattr(passphrase, "_hide_memory", lambda: None)
+    monkeypatch.setattr(passphrase, "hide_memory", lambda: None)
     with pytest.raises(HostError, match="ask on /dev/null"):
         passphrase.asked_on_terminal("volume m")
 

@@ -15,8 +15,9 @@ import grpc
 import trio
 
 from tdxd.core.config import Address, ServingConfig
+from tdxd.guest.certificates import Certificates
 from tdxd.guest.front import Front
-from tdxd.guest.front_start import Certificates, Sockets, start_front
+from tdxd.guest.front_start import Sockets, start_front
 from tdxd.guest.listener import listen_tcp
 from tdxd.host.ports import Host
 from tests.certificates import self_signed

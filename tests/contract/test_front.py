@@ -15,7 +15,8 @@ import trio
 
 from tdxd.core.config import Address, ServingConfig
 from tdxd.errors import HostError, ServerExitedError
-from tdxd.guest.front_start import Certificates, Sockets, start_front
+from tdxd.guest.certificates import Certificates
+from tdxd.guest.front_start import Sockets, start_front
 from tdxd.guest.listener import listen_tcp
 from tests.contract.fronts import PREDICT, RELOAD, STATUS, Running, front_of
 

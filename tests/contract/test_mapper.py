@@ -180,6 +180,16 @@ def test_another_generation_is_refused_before_there_is_a_device(mapper, image):
         mapper.map_volume(str(image.path), bundle, cancelled=never)
 
 
+def test_a_check_tells_the_image_of_a_key_and_opens_nothing(mapper, image, tmp_path):
+    bundle = KeyBundle(manifest=image.bundle.manifest, secret=image.fresh_secret())
+    mapper.check(str(image.path), bundle)
+    manifest = dataclasses.replace(image.bundle.manifest, generation=2)
+    other = KeyBundle(manifest=manifest, secret=image.fresh_secret())
+    with pytest.raises(IntegrityError, match="does not open with the key of contract"):
+        mapper.check(str(image.path), other)
+    assert not loops_and_mappings(str(tmp_path))
+
+
 MAP_AND_WAIT = """
 import sys, time
 from pathlib import Path

@@ -24,6 +24,7 @@ from tdxd.core.plan import (
 )
 from tdxd.errors import (
     ConfigError,
+    DataError,
     DeniedError,
     IntegrityError,
     NotReadyError,
@@ -397,7 +398,10 @@ def test_a_close_that_failed_waits_before_the_next_try() -> None:
 
 # --- serving ------------------------------------------------------------------
 
-GOAL = ServingGoal(models_key="m1", front_key="f1")
+GOAL = ServingGoal(models_key="m1", front_key="f1", certificates_key="c1")
+IN_PLACE = dataclasses.replace(GOAL, in_place=True)
+KEPT = dataclasses.replace(GOAL, certificates_key=None)
+GOALS = st.sampled_from([GOAL, IN_PLACE, KEPT])
 
 
 def do_serving(
@@ -413,22 +417,36 @@ def do_serving(
     match action:
         case plan.StartServer(slot):
             assert slot not in {one.slot for one in seen.servers}
+            assert goal.models_key is not None
             added = ServerSeen(slot=slot, models_key=goal.models_key)
             return dataclasses.replace(seen, servers=(*seen.servers, added))
         case plan.PollReady(slot):
             return change(slot, ready=True)
         case plan.StartFront(slot):
-            return dataclasses.replace(seen, front_key=goal.front_key, active=slot)
+            return dataclasses.replace(
+                seen,
+                front_key=goal.front_key,
+                certificates_key=goal.certificates_key,
+                active=slot,
+            )
         case plan.SwitchFront(slot):
-            return dataclasses.replace(seen, active=slot)
+            return dataclasses.replace(change(slot, drained=False), active=slot)
+        case plan.RenewCertificates():
+            return dataclasses.replace(seen, certificates_key=goal.certificates_key)
         case plan.DrainServer(slot):
-            return change(slot, drained=True)
+            told = None if seen.active == slot else seen.active
+            return dataclasses.replace(change(slot, drained=True), active=told)
         case plan.StopServer(slot):
             left = tuple(one for one in seen.servers if one.slot != slot)
-            return dataclasses.replace(seen, servers=left)
+            told = None if seen.active == slot else seen.active
+            return dataclasses.replace(seen, servers=left, active=told)
         case plan.StopFront():
             return dataclasses.replace(
-                seen, front_key=None, front_revoked=False, active=None
+                seen,
+                front_key=None,
+                front_revoked=False,
+                active=None,
+                certificates_key=None,
             )
     return seen
 
@@ -447,25 +465,195 @@ def servings(draw) -> ServingSeen:
         for slot in slots
     )
     front = draw(st.sampled_from([None, "f0", "f1"]))
-    active = draw(st.sampled_from(["a", "b"])) if front else None
+    active = draw(st.sampled_from(["a", "b", None])) if front else None
     revoked = front is not None and draw(st.booleans())
     return ServingSeen(
-        servers=servers, front_key=front, front_revoked=revoked, active=active
+        servers=servers,
+        front_key=front,
+        front_revoked=revoked,
+        active=active,
+        certificates_key=draw(st.sampled_from(["c0", "c1"])) if front else None,
     )
 
 
-@given(servings())
-def test_serving_reaches_its_goal_from_everywhere(seen: ServingSeen) -> None:
+FAILURES = st.sampled_from(
+    [None, failure(NotReadyError("x")), failure(IntegrityError("x"))]
+)
+
+
+def reaches(goal: ServingGoal, seen: ServingSeen) -> None:
     for _ in range(15):
-        step = plan.plan_serving(GOAL, seen, NOW)
+        step = plan.plan_serving(goal, seen, NOW)
         if isinstance(step.action, Wait):
             break
-        seen = do_serving(seen, step.action, GOAL)
+        seen = do_serving(seen, step.action, goal)
     assert step.state is ServingState.READY
+    assert goal.certificates_key in (None, seen.certificates_key)
     (server,) = seen.servers
     assert (server.models_key, server.ready, server.revoked) == ("m1", True, False)
     assert (seen.front_key, seen.active) == ("f1", server.slot)
     assert not seen.front_revoked
+
+
+@given(servings(), GOALS)
+def test_serving_reaches_its_goal_from_everywhere(
+    seen: ServingSeen, goal: ServingGoal
+) -> None:
+    reaches(goal, seen)
+
+
+@given(servings(), GOALS, FAILURES, FAILURES)
+def test_serving_reaches_its_goal_or_rests_whatever_failed(
+    seen: ServingSeen,
+    goal: ServingGoal,
+    failed: Failure | None,
+    not_renewed: Failure | None,
+) -> None:
+    """Nothing is started again too soon."""
+    seen = dataclasses.replace(seen, failure=failed, not_renewed=not_renewed)
+    for _ in range(15):
+        step = plan.plan_serving(goal, seen, NOW)
+        if isinstance(step.action, Wait):
+            break
+        if failed is not None:
+            assert not isinstance(step.action, plan.StartServer | plan.StartFront)
+        seen = do_serving(seen, step.action, goal)
+    assert isinstance(step.action, Wait)
+    assert failed is not None or step.state is ServingState.READY
+
+
+@given(servings(), FAILURES)
+def test_a_new_server_that_failed_leaves_the_one_in_use_alone(
+    seen: ServingSeen, failed: Failure | None
+) -> None:
+    """In both strategies: the one that the front routes to still runs at the end."""
+    one = ServerSeen(slot="a", models_key="m0", ready=True)
+    rest = tuple(one for one in seen.servers if one.slot == "b")
+    seen = dataclasses.replace(
+        seen,
+        servers=(one, *rest),
+        front_key="f1",
+        active="a",
+        front_revoked=False,
+        failure=failed or failure(NotReadyError("x")),
+    )
+    for goal in (GOAL, IN_PLACE):
+        now = seen
+        while not isinstance(action := plan.plan_serving(goal, now, NOW).action, Wait):
+            now = do_serving(now, action, goal)
+        assert any(server.ready and server.slot == now.active for server in now.servers)
+
+
+@given(servings(), st.lists(GOALS, max_size=6))
+def test_goals_that_change_on_the_way_are_reached_all_the_same(
+    seen: ServingSeen, goals: list[ServingGoal]
+) -> None:
+    """One step for each, then the last one: the front is never left without its server."""
+    other = dataclasses.replace(GOAL, models_key="m0", in_place=True)
+    for goal in [one for two in goals for one in (other, two)]:
+        step = plan.plan_serving(goal, seen, NOW)
+        seen = do_serving(seen, step.action, goal)
+    reaches(GOAL, seen)
+
+
+@given(servings())
+def test_side_by_side_no_server_in_use_ends_before_another_is_ready(
+    seen: ServingSeen,
+) -> None:
+    for _ in range(15):
+        step = plan.plan_serving(GOAL, seen, NOW)
+        match step.action:
+            case plan.StopServer(slot) | plan.DrainServer(slot) if slot == seen.active:
+                used = [one for one in seen.servers if one.slot == slot]
+                assert not any(one.ready and not one.revoked for one in used)
+        seen = do_serving(seen, step.action, GOAL)
+
+
+@given(servings())
+def test_in_place_no_server_starts_beside_another(seen: ServingSeen) -> None:
+    for _ in range(15):
+        step = plan.plan_serving(IN_PLACE, seen, NOW)
+        if isinstance(step.action, plan.StartServer):
+            assert not seen.servers
+        seen = do_serving(seen, step.action, IN_PLACE)
+
+
+def test_in_place_the_old_server_drains_and_stops_first() -> None:
+    old = ServerSeen(slot="a", models_key="m0", ready=True)
+    seen = ServingSeen(
+        servers=(old,), front_key="f1", active="a", certificates_key="c1"
+    )
+    done = []
+    for _ in range(6):
+        step = plan.plan_serving(IN_PLACE, seen, NOW)
+        done.append(step.action)
+        seen = do_serving(seen, step.action, IN_PLACE)
+    assert done == [
+        plan.DrainServer("a"),
+        plan.StopServer("a"),
+        plan.StartServer("a"),
+        plan.PollReady("a"),
+        plan.SwitchFront("a"),
+        Wait(),
+    ]
+
+
+@given(servings())
+def test_servers_make_way_for_models_that_need_their_room(seen: ServingSeen) -> None:
+    """The front stays with its certificate: callers hear that no server is ready."""
+    goal = dataclasses.replace(GOAL, models_key=None)
+    for _ in range(15):
+        step = plan.plan_serving(goal, seen, NOW)
+        assert not isinstance(step.action, plan.StartServer | plan.StartFront)
+        if isinstance(step.action, plan.StopFront):
+            assert seen.front_revoked
+        seen = do_serving(seen, step.action, goal)
+    assert not seen.servers
+    assert isinstance(plan.plan_serving(goal, seen, NOW).action, Wait)
+
+
+def test_a_server_told_to_drain_in_vain_gets_its_callers_back() -> None:
+    """The goal went back to it meanwhile."""
+    old = ServerSeen(slot="a", models_key="m1", ready=True, drained=True)
+    seen = ServingSeen(servers=(old,), front_key="f1", certificates_key="c1")
+    assert plan.plan_serving(IN_PLACE, seen, NOW).action == plan.SwitchFront("a")
+
+
+def test_other_certificates_alone_restart_nothing() -> None:
+    server = ServerSeen(slot="a", models_key="m1", ready=True)
+    seen = ServingSeen(
+        servers=(server,), front_key="f1", active="a", certificates_key="c0"
+    )
+    step = plan.plan_serving(GOAL, seen, NOW)
+    assert (step.state, step.action) == (ServingState.READY, plan.RenewCertificates())
+    refused = dataclasses.replace(seen, not_renewed=failure(NotReadyError("x")))
+    rest = plan.plan_serving(GOAL, refused, NOW)
+    assert (rest.state, rest.action) == (ServingState.READY, Wait(NOW + 5))
+    for_good = dataclasses.replace(seen, not_renewed=failure(DataError("x")))
+    assert plan.plan_serving(GOAL, for_good, NOW).action == Wait()
+
+
+def test_refused_certificates_do_not_hold_up_a_new_server() -> None:
+    old = ServerSeen(slot="a", models_key="m0", ready=True)
+    new = ServerSeen(slot="b", models_key="m1", ready=True)
+    seen = ServingSeen(
+        servers=(old, new),
+        front_key="f1",
+        active="a",
+        certificates_key="c0",
+        not_renewed=failure(DataError("x")),
+    )
+    done = []
+    for _ in range(4):
+        step = plan.plan_serving(GOAL, seen, NOW)
+        done.append(step.action)
+        seen = do_serving(seen, step.action, GOAL)
+    assert done == [
+        plan.SwitchFront("b"),
+        plan.DrainServer("a"),
+        plan.StopServer("a"),
+        Wait(),
+    ]
 
 
 @given(servings())
@@ -520,7 +708,9 @@ def test_a_server_that_sees_a_revoked_volume_never_waits(
 def test_callers_of_a_revoked_volume_move_on_if_there_is_where_to() -> None:
     old = ServerSeen(slot="a", models_key="m0", ready=True, revoked=True)
     new = ServerSeen(slot="b", models_key="m1", ready=True)
-    seen = ServingSeen(servers=(old, new), front_key="f1", active="a")
+    seen = ServingSeen(
+        servers=(old, new), front_key="f1", active="a", certificates_key="c1"
+    )
     assert plan.plan_serving(GOAL, seen, NOW).action == plan.SwitchFront("b")
     alone = dataclasses.replace(seen, servers=(old,))
     assert plan.plan_serving(GOAL, alone, NOW).action == plan.StopServer("a")
@@ -538,6 +728,13 @@ def test_serving_rests_after_a_failure_while_the_old_server_goes_on() -> None:
     assert (step.state, step.action) == (ServingState.BACKOFF, Wait(NOW + 5))
     later = plan.plan_serving(GOAL, seen, NOW + 5)
     assert later.action == plan.StartServer("b")
+
+
+def test_in_place_nothing_is_taken_away_while_a_failure_stands() -> None:
+    old = ServerSeen(slot="a", models_key="m0", ready=True)
+    seen = ServingSeen(servers=(old,), front_key="f1", active="a")
+    seen = dataclasses.replace(seen, failure=failure(NotReadyError("x")))
+    assert plan.plan_serving(IN_PLACE, seen, NOW).action == Wait(NOW + 5)
 
 
 def test_serving_failed_for_good_waits_for_an_operator() -> None:

@@ -59,7 +59,14 @@ def test_models_and_batching_are_read() -> None:
 
 REFUSED = {
     'rest_listen = "8501"': "not HOST:PORT",
-    'client_ca = "/etc/ca.pem"': "expected one of 'volume'",
+    'client_ca = "/etc/ca.pem"': "expected one of 'volume', 'secret'",
+    'strategy = "blue-green"': "expected one of 'side-by-side', 'replace-in-place'",
+    'tls_secret = "web"\ntls_volume = "m"': "tls_volume 'm' and tls_secret 'web' are both",
+    'tls_secret = "../web"': "'../web'",
+    'tls_secret = "web"\nclient_ca = "volume"': "set client_ca to 'secret'",
+    'client_ca = "secret"': "'secret' and client_ca_secret need each other",
+    'client_ca_secret = "ca"': "'secret' and client_ca_secret need each other",
+    'client_ca = "volume"\nclient_ca_secret = "ca"': "need each other",
     "max_request_bytes = 0": "max_request_bytes 0 is not greater than 0",
     "client_requests_per_s = 0": "client_requests_per_s 0 is not greater",
     "monitoring = true": "monitoring needs rest_listen",
@@ -80,6 +87,36 @@ REFUSED = {
 }
 
 
+def test_certificates_may_be_secrets() -> None:
+    """With several volumes, too, none of which has a certificate then."""
+    other = '[[volume]]\nid = "other"\nimage = "/o.img"\n'
+    made = parsed(
+        other
+        + """
+        [serving]
+        tls_secret = "web"
+        client_ca = "secret"
+        client_ca_secret = "clients"
+        """
+    )
+    assert made.tls_volume is None
+    assert made.serving is not None
+    assert (made.serving.tls_secret, made.serving.client_ca_secret) == (
+        "web",
+        "clients",
+    )
+
+
+def test_where_certificates_are_from_makes_no_other_front() -> None:
+    """But whether clients need one does."""
+    one, two, open_to_all = (
+        serving('client_ca = "volume"'),
+        serving('tls_secret = "s"\nclient_ca = "secret"\nclient_ca_secret = "ca"'),
+        serving(""),
+    )
+    assert one.of_front() == two.of_front() != open_to_all.of_front()
+
+
 @pytest.mark.parametrize("text", REFUSED)
 def test_what_cannot_be_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="serving") as caught:
@@ -90,7 +127,14 @@ def test_what_cannot_be_is_refused(text: str) -> None:
 def test_every_key_belongs_to_the_server_the_front_or_neither() -> None:
     """So that a reload of it starts another process, where that is needed."""
     of_server, of_front = ServingConfig().of_server(), ServingConfig().of_front()
-    neither = {"ready_timeout_s", "drain_timeout_s", "tls_volume"}
+    neither = {
+        "ready_timeout_s",
+        "drain_timeout_s",
+        "strategy",
+        "tls_volume",
+        "tls_secret",
+        "client_ca_secret",
+    }
     names = {field.name for field in dataclasses.fields(ServingConfig)}
     assert {*of_server, *of_front} - {"rest"} == names - neither
 

@@ -110,6 +110,15 @@ def test_another_configuration_than_mrconfigids_cannot_accept_itself(
     assert "accept_unmeasured does not help" in caught.value.hint
 
 
+def test_what_must_be_measured_cannot_accept_itself_either(files: Files) -> None:
+    """An image whose configuration lies on the host's disk: there MRCONFIGID may be zero."""
+    files.write("[security]\naccept_unmeasured = true\n")
+    with pytest.raises(ConfigError, match="--require-measured accepts no such one"):
+        require_trust(load_config(str(files.path)), always=True)
+    files.measure()
+    assert require_trust(load_config(str(files.path)), always=True).ca_pem == CA
+
+
 def test_in_a_td_a_configuration_cannot_say_where_mrconfigid_is(
     files: Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:

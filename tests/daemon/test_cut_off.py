@@ -21,7 +21,7 @@ from tdxd.guest.server import ModelServer, models_key
 from tdxd.guest.serving import ServingReconciler
 from tdxd.guest.standstill import Standstill
 from tests.daemon.test_daemon import KEY
-from tests.fakes import fake_host
+from tests.fakes import FakeVolumes, fake_host
 
 GONE = ServedVolume(volume_id="gone", generation=1, mount_point="/v/gone")
 STAYS = ServedVolume(volume_id="stays", generation=1, mount_point="/v/stays")
@@ -102,8 +102,7 @@ class Serving:
             standstill=Standstill(),
             changes=self.changes,
             events=Events(),
-            volumes=lambda: self.served,
-            revoked=lambda: self.revoked,
+            volumes=FakeVolumes(lambda: self.served, lambda: self.revoked),
             nursery=nursery,
         )
         self.add("a", self.served)
@@ -114,6 +113,7 @@ class Serving:
             cell=FakeCell(),
             api=cast("object", self.api),  # type: ignore[arg-type]
         )
+        self.one.door.front.sources = ("volume stays@1",)
 
     def add(self, slot: str, volumes: tuple[ServedVolume, ...]) -> None:
         server = ModelServer(

@@ -138,7 +138,7 @@ def world(tmp_path: Path) -> World:
 def state(
     daemon: Daemon, wanted: VolumeState, name: str = "model"
 ) -> Callable[[], bool]:
-    return lambda: daemon.volume(name).state is wanted
+    return lambda: daemon.volumes.named(name).state is wanted
 
 
 async def test_a_volume_is_mounted_and_closed_again(world: World) -> None:
@@ -235,14 +235,16 @@ async def test_the_newest_generation_that_is_there_is_opened(world: World) -> No
     newest = in_window(world)
     async with world.daemon() as daemon:
         await daemon.until(state(daemon, VolumeState.MOUNTED))
-        assert daemon.volume("model").generation == 3
-        assert daemon.volume("model").image == str(world.directory / "model-b.img")
+        assert daemon.volumes.named("model").generation == 3
+        assert daemon.volumes.named("model").device.image == str(
+            world.directory / "model-b.img"
+        )
         assert all(one.secret.wiped for one in world.server.bundles)  # type: ignore[attr-defined]
         assert len(world.server.bundles) == 3
     newest.write_text("model@4")
     async with world.daemon() as daemon:
         await daemon.until(state(daemon, VolumeState.MOUNTED))
-        assert daemon.volume("model").generation == 4
+        assert daemon.volumes.named("model").generation == 4
 
 
 async def test_a_generation_before_the_window_is_refused(world: World) -> None:
@@ -285,7 +287,7 @@ async def test_unmount_and_mount_by_hand(world: World) -> None:
         await daemon.until(state(daemon, VolumeState.MOUNTED))
         await daemon.unmount("model")
         assert world.mounts.table == {}
-        assert daemon.volume("model").state is VolumeState.ABSENT
+        assert daemon.volumes.named("model").state is VolumeState.ABSENT
         await daemon.mount("model")
         assert len(world.mounts.table) == 1
 
@@ -333,7 +335,7 @@ async def test_reload_ends_what_was_set_by_hand(world: World) -> None:
         await daemon.until(state(daemon, VolumeState.MOUNTED))
         await daemon.unmount("model")
         await daemon.reload()
-        assert daemon.volume("model").mounted
+        assert daemon.volumes.named("model").mounted
 
 
 async def test_reload_with_a_bad_config_changes_nothing(world: World) -> None:
@@ -347,7 +349,7 @@ async def test_reload_with_a_bad_config_changes_nothing(world: World) -> None:
         daemon._load_config = load
         with pytest.raises(ConfigError, match="unknown key"):
             await daemon.reload()
-        assert daemon.volume("model").mounted
+        assert daemon.volumes.named("model").mounted
 
 
 async def test_reload_refuses_what_only_a_restart_can_change(world: World) -> None:
@@ -445,4 +447,4 @@ async def test_a_volume_unwanted_while_attesting_is_given_up(world: World) -> No
     async with world.daemon() as daemon:
         await daemon.until(state(daemon, VolumeState.ATTESTING))
         await daemon.unmount("model")
-        assert daemon.volume("model").state is VolumeState.ABSENT
+        assert daemon.volumes.named("model").state is VolumeState.ABSENT

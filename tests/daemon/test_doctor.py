@@ -38,6 +38,17 @@ def check_report(shown: dict[str, Any]) -> dict[str, str]:
     return levels
 
 
+async def ask(path: Path, *arguments: str) -> subprocess.CompletedProcess[bytes]:
+    return await trio.run_process(
+        argv("tdxctl", "--socket", path, *arguments),
+        capture_stdout=True,
+        capture_stderr=True,
+        check=False,
+        env=ENV,
+        cwd=ROOT,
+    )
+
+
 @pytest.mark.root
 async def test_the_daemon_examines_its_machine(tmp_path: Path) -> None:
     world = World(tmp_path)
@@ -47,20 +58,16 @@ async def test_the_daemon_examines_its_machine(tmp_path: Path) -> None:
         listener.listen()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(control.serve, listener, world.make_daemon(nursery))
-            done = await trio.run_process(
-                argv("tdxctl", "--socket", path, "doctor", "--json"),
-                capture_stdout=True,
-                capture_stderr=True,
-                check=False,
-                env=ENV,
-                cwd=ROOT,
-            )
+            done = await ask(path, "doctor", "--json")
+            status = await ask(path, "status", "--json")
             nursery.cancel_scope.cancel()
     shown = json.loads(done.stdout)
     assert done.returncode == shown["exit"]
     levels = check_report(shown)
     assert levels["config"] == "ok"
     assert levels["key-server"] == "fail"  # its CA is /ca, which is not there
+    for one in json.loads(status.stdout)["protection"]:
+        assert one["protected"] == (levels[one["name"]] == "ok"), one
 
 
 @pytest.mark.root

@@ -80,7 +80,7 @@ def volume(daemon: Daemon) -> dict[str, Any]:
 
 async def until_asked(daemon: Daemon) -> None:
     """Wait until it rests for want of an operator."""
-    await daemon.until(lambda: daemon.volume("model").failure is not None)
+    await daemon.until(lambda: daemon.volumes.named("model").failure is not None)
     assert volume(daemon)["error"]["code"] == "passphrase-needed"
 
 
@@ -185,11 +185,13 @@ async def test_one_passphrase_is_tried_at_a_time(world: ForeignWorld) -> None:
         second = Secret(WORD)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(daemon.mount, "model", Secret(WORD))
-            await daemon.until(lambda: bool(daemon.volume("model").device.bundles))
+            await daemon.until(
+                lambda: bool(daemon.volumes.named("model").device.bundles)
+            )
             with pytest.raises(BusyError, match="another passphrase is being tried"):
                 await daemon.mount("model", second)
         assert second.wiped
-        assert daemon.volume("model").mounted
+        assert daemon.volumes.named("model").mounted
 
 
 async def test_a_passphrase_for_a_volume_that_needs_none(world: ForeignWorld) -> None:
@@ -208,7 +210,7 @@ async def test_nobody_is_asked_while_rtmr3_cannot_be_extended(
     world.luks2()
     world.rtmr.broken = HostError("open", "rtmr3", errno.ENOENT)
     async with world.daemon() as daemon:
-        await daemon.until(lambda: daemon.volume("model").failure is not None)
+        await daemon.until(lambda: daemon.volumes.named("model").failure is not None)
         assert volume(daemon)["error"]["code"] == "host"
         world.rtmr.broken = None
         await daemon.until(
@@ -249,7 +251,7 @@ async def test_a_pending_passphrase_does_not_go_over(world: ForeignWorld) -> Non
 
     async def offered(daemon: Daemon) -> None:
         await until_asked(daemon)
-        daemon.volume("model").offer(secret)
+        daemon.volumes.named("model").offer(secret)
 
     handed = await first(world, offered)
     assert secret.wiped
@@ -297,7 +299,7 @@ async def test_a_bundle_of_the_other_kind_is_refused(
         world.luks2()
     release(world, bundle)
     async with world.daemon() as daemon:
-        await daemon.until(lambda: daemon.volume("model").failure is not None)
+        await daemon.until(lambda: daemon.volumes.named("model").failure is not None)
         assert bundle.secret.wiped
         error = volume(daemon)["error"]
         assert error["code"] == "key-bad-bundle"
@@ -325,7 +327,7 @@ async def test_writable_is_for_dm_alone(world: ForeignWorld) -> None:
     world.configure(writable=True, passphrase="key-server")
     world.luks2()
     async with world.daemon() as daemon:
-        await daemon.until(lambda: daemon.volume("model").failure is not None)
+        await daemon.until(lambda: daemon.volumes.named("model").failure is not None)
         shown = volume(daemon)
         assert shown["state"] == "failed"
         assert "writable needs the mapper dm" in shown["error"]["message"]

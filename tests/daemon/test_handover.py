@@ -166,6 +166,18 @@ STATE = st.builds(
             count=COUNT,
             kept=st.lists(EVENT, max_size=2).map(msgpack.packb),
         ),
+        secrets=many(
+            st.builds(
+                handover.HandedSecret,
+                secret_id=ID,
+                generation=COUNT,
+                content=TEXT,
+                sha256=TEXT,
+                since=TEXT,
+                fd=FD,
+                lease=st.none() | st.builds(Lease, until_s=AGE, renew_s=AGE),
+            )
+        ),
     ),
 )
 
@@ -183,6 +195,7 @@ def test_every_descriptor_is_found(state: handover.State) -> None:
     children += [serving.front.child] if serving.front else []
     wanted = [one.fd for one in listeners if one is not None]
     wanted += [one.mapped.fd for one in state.daemon.volumes if one.mapped]
+    wanted += [one.fd for one in state.daemon.secrets]
     for one in children:
         wanted += [one.pid_fd, one.output_fd, one.mount_fd, one.net_fd]
     assert sorted(descriptors(state)) == sorted(fd for fd in wanted if fd >= 0)
@@ -239,12 +252,12 @@ def test_a_truncated_state_is_refused(state: handover.State) -> None:
             decode_state(data[:size])
 
 
-@pytest.mark.parametrize("found", [0, 1, 4, "2", None, []])
+@pytest.mark.parametrize("found", [0, 1, 5, "2", None, []])
 def test_another_format_is_named_before_anything_else(found: object) -> None:
     with pytest.raises(DataError) as caught:
         decode_state(msgpack.packb({"format": found, "unheard": "of"}))
     assert caught.value.message == (
-        f"handed over state: format {found!r}, this program knows 2, 3"
+        f"handed over state: format {found!r}, this program knows 2, 3, 4"
     )
 
 
@@ -261,43 +274,62 @@ def test_a_failure_means_the_same_on_another_clock() -> None:
     assert isinstance(found.error, TdxdError)
 
 
-NEW_SINCE_2 = {
-    "": {"evidence"},
-    "front": {"served_key"},
-    "volumes": {"read_before", "last_error"},
-    "spec": {"kind", "passphrase", "writable"},
-    "mapped": {"writable", "payload_bytes"},
-    "serving": {"rest_listener"},
+NEW_IN = {
+    3: {
+        "": {"evidence"},
+        "front": {"served_key"},
+        "volumes": {"read_before", "last_error"},
+        "spec": {"kind", "passphrase", "writable"},
+        "mapped": {"writable", "payload_bytes"},
+        "serving": {"rest_listener"},
+    },
+    4: {
+        "daemon": {"secrets"},
+        "front": {"sources", "certificate_sha256"},
+        "volumes": {"newer_than", "opened"},
+    },
 }
-"""What format 3 brought, by the key of the record that has it."""
+"""What each format brought, by the key of the record that has it."""
 
 
-def as_format_2(value: object, within: str = "") -> object:
+def as_format(number: int, value: object, within: str = "") -> object:
     if isinstance(value, dict):
-        gone = NEW_SINCE_2.get(within, set())
+        gone = {
+            key
+            for newer, records in NEW_IN.items()
+            if newer > number
+            for key in records.get(within, set())
+        }
         return {
-            key: as_format_2(one, key) for key, one in value.items() if key not in gone
+            key: as_format(number, one, key)
+            for key, one in value.items()
+            if key not in gone
         }
     if isinstance(value, list):
-        return [as_format_2(one, within) for one in value]
+        return [as_format(number, one, within) for one in value]
     return value
 
 
-@given(STATE)
-def test_the_state_of_the_program_before_foreign_volumes_is_adopted(
-    state: handover.State,
+@pytest.mark.parametrize("number", [2, 3])
+@given(state=STATE)
+def test_the_state_of_an_older_program_is_adopted(
+    number: int, state: handover.State
 ) -> None:
     """An upgrade closes nothing."""
-    older = as_format_2(plain(state))
+    older = as_format(number, plain(state))
     assert isinstance(older, dict)
-    found = decode_state(msgpack.packb({**older, "format": 2}, use_bin_type=True))
+    found = decode_state(msgpack.packb({**older, "format": number}, use_bin_type=True))
     for before, after in zip(state.daemon.volumes, found.daemon.volumes, strict=True):
-        assert (after.spec.id, after.spec.kind) == (before.spec.id, "sealed")
+        assert after.spec.id == before.spec.id
+        assert number > 2 or after.spec.kind == "sealed"
         if before.mapped is not None and isinstance(before.mapped.manifest, Manifest):
             assert after.mapped is not None
             assert after.mapped.manifest == before.mapped.manifest
             assert after.mapped.device == before.mapped.device
-        assert after.last_error is None
+        assert number > 2 or after.last_error is None
+        assert after.newer_than is None
+    if found.daemon.serving.front is not None:
+        assert found.daemon.serving.front.sources == ()
 
 
 def test_a_new_field_with_a_default_needs_no_new_format() -> None:

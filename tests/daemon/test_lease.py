@@ -75,7 +75,7 @@ async def test_without_a_lease_it_is_never_asked_for_again(world: World) -> None
         assert daemon.status()["volumes"][0]["lease_left_s"] is None
         jump(world, daemon, 10 * 365 * 86400)
         await trio.sleep(0.2)
-        assert daemon.volume("model").mounted
+        assert daemon.volumes.named("model").mounted
         assert len(world.server.asked) == 1
 
 
@@ -87,7 +87,7 @@ async def test_a_policy_that_drops_the_lease_ends_the_renewals(world: World) -> 
         await daemon.until(lambda: "lease.renewed" in names(daemon))
         jump(world, daemon, LEASE_S * 10)
         await trio.sleep(0.1)
-        assert daemon.volume("model").mounted
+        assert daemon.volumes.named("model").mounted
 
 
 async def test_revocation_reaches_a_guest_that_serves(world: World) -> None:
@@ -127,7 +127,7 @@ async def test_a_key_server_that_is_away_too_long(world: World) -> None:
         world.server.errors["model"] = UnreachableError("no key server")
         jump(world, daemon, LEASE_S * 0.7)
         await daemon.until(lambda: names(daemon).count("lease.not_renewed") >= 3)
-        assert daemon.volume("model").mounted
+        assert daemon.volumes.named("model").mounted
         jump(world, daemon, LEASE_S)
         await daemon.until(state(daemon, VolumeState.BACKOFF))
         failed = [
@@ -167,7 +167,7 @@ async def test_the_lease_of_another_generation_is_not_one_of_what_is_open(
         assert [one.secret.wiped for one in world.server.bundles] == [True, True]  # type: ignore[attr-defined]
         world.image(generation=2)
         jump(world, daemon, LEASE_S * 0.4)
-        await daemon.until(lambda: daemon.volume("model").generation == 2)
+        await daemon.until(lambda: daemon.volumes.named("model").generation == 2)
         await until_mounted(daemon)
 
 
@@ -180,7 +180,7 @@ async def test_an_older_generation_in_the_window_is_renewed_until_it_leaves_it(
         jump(world, daemon, LEASE_S * 0.7)
         await daemon.until(lambda: "lease.renewed" in names(daemon))
         assert lease_left_s(daemon) > LEASE_S - 10
-        assert daemon.volume("model").generation == 1
+        assert daemon.volumes.named("model").generation == 1
         assert all(one.secret.wiped for one in world.server.bundles)  # type: ignore[attr-defined]
         world.server.generations["model"], world.server.older["model"] = 3, (2,)
         jump(world, daemon, LEASE_S * 0.7)
@@ -256,7 +256,7 @@ async def test_one_that_ended_during_an_exec_closes_the_volume(world: World) -> 
     world.server.errors["model"] = DeniedError("revoked")
 
     async def use(daemon: Daemon) -> None:
-        assert not daemon.volume("model").mounted  # from the first moment on
+        assert not daemon.volumes.named("model").mounted  # from the first moment on
         await daemon.until(lambda: not world.mapper.open)
 
     await run_next(world, handed, use)
@@ -295,14 +295,14 @@ async def test_serving_is_told_of_a_revoked_volume_before_it_is_closed(
         await until_mounted(daemon)
         in_use = True
         daemon.serving.uses = lambda *_: in_use  # type: ignore[method-assign]
-        served = daemon._served()
+        served = daemon.volumes.served()
         assert served is not None
         assert [type(one) for one in served] == [ServedVolume]
-        assert daemon._revoked() == frozenset()
+        assert daemon.volumes.revoked() == frozenset()
         world.server.errors["model"] = DeniedError("revoked")
         jump(world, daemon, LEASE_S)
-        assert daemon._revoked() == {("model", 1)}
-        assert daemon._served() == ()
+        assert daemon.volumes.revoked() == {("model", 1)}
+        assert daemon.volumes.served() == ()
         await daemon.until(state(daemon, VolumeState.CLOSING))
         await trio.sleep(0.2)
         assert world.mounts.table  # still in use: nothing is pulled from under it

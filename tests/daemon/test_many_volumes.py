@@ -118,7 +118,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ManyWorld:
 
 
 def all_mounted(daemon: Daemon, names: set[str]) -> Callable[[], bool]:
-    return lambda: all(daemon.volume(name).mounted for name in names)
+    return lambda: all(daemon.volumes.named(name).mounted for name in names)
 
 
 def mounted(daemon: Daemon) -> Callable[[str], bool]:
@@ -146,7 +146,7 @@ async def test_each_kind_of_failure_leaves_the_others_alone(world: ManyWorld) ->
     world.disk.hang = {"m5"}
     async with world.daemon() as daemon:
         await daemon.until(all_mounted(daemon, {"m0", "m6", "m7", "m8", "m9"}))
-        await daemon.until(lambda: daemon.volume("m5").stalled)
+        await daemon.until(lambda: daemon.volumes.named("m5").stalled)
         await daemon.until(daemon.settled)
         shown = {one["id"]: one for one in daemon.status()["volumes"]}
         codes = {name: (shown[name]["error"] or {}).get("code") for name in TEN}
@@ -172,7 +172,7 @@ async def test_only_what_is_required_decides_readiness(world: ManyWorld) -> None
     world.disk.hang = {"m7"}
     async with world.daemon() as daemon:
         await daemon.until(lambda: daemon.readiness()[0])
-        assert not daemon.volume("m7").mounted
+        assert not daemon.volumes.named("m7").mounted
         world.server.errors["m1"] = DeniedError("policy says no")
         await daemon.unmount("m1")
         assert daemon.readiness()[1] == ["volume m1 is absent"]
@@ -188,9 +188,9 @@ async def test_serving_waits_for_an_optional_volume_only_for_a_while(
     world.disk.hang = {"m7"}
     async with world.daemon() as daemon:
         await daemon.until(lambda: daemon.readiness()[0])
-        while daemon._served() is None:
+        while daemon.volumes.served() is None:
             await trio.sleep(0.02)
-        served = daemon._served()
+        served = daemon.volumes.served()
         assert served is not None
         assert {one.volume_id for one in served} == set(TEN) - {"m7"}
         world.disk.answer()
@@ -201,10 +201,10 @@ async def test_serving_goes_on_without_a_required_volume_that_hangs(
 ) -> None:
     world.disk.hang = {"m7"}
     async with world.daemon() as daemon:
-        await daemon.until(lambda: daemon.volume("m7").stalled)
+        await daemon.until(lambda: daemon.volumes.named("m7").stalled)
         await daemon.until(all_mounted(daemon, set(TEN) - {"m7"}))
-        await daemon.until(lambda: daemon._served() is not None)
-        served = daemon._served()
+        await daemon.until(lambda: daemon.volumes.served() is not None)
+        served = daemon.volumes.served()
         assert served is not None
         assert len(served) == 9
         assert daemon.readiness()[1] == ["volume m7 is keyed"]
@@ -219,7 +219,7 @@ async def test_more_volumes_hang_than_trio_has_threads(world: ManyWorld) -> None
     world.disk.hang = {*dead}
     async with world.daemon() as daemon:
         await daemon.until(all_mounted(daemon, {"good"}))
-        await daemon.until(lambda: daemon.volume("d44").stalled)
+        await daemon.until(lambda: daemon.volumes.named("d44").stalled)
         world.disk.answer()
 
 
@@ -228,9 +228,9 @@ async def test_the_watchdog_does_not_end_all_for_one_that_hangs(
 ) -> None:
     world.disk.hang = {"m0"}
     async with world.daemon() as daemon:
-        await daemon.until(lambda: daemon.volume("m0").stalled)
-        daemon.volume("m0").want(mounted=False)  # and nobody can help it
-        assert daemon.volume("m0").beat_s > trio.current_time() + 3600
+        await daemon.until(lambda: daemon.volumes.named("m0").stalled)
+        daemon.volumes.named("m0").want(mounted=False)  # and nobody can help it
+        assert daemon.volumes.named("m0").beat_s > trio.current_time() + 3600
         world.disk.answer()
 
 
@@ -252,7 +252,7 @@ async def test_a_directory_that_does_not_answer(
     try:
         async with world.daemon() as daemon:
             await daemon.until(all_mounted(daemon, set(TEN) - {"m0"}))
-            await daemon.until(lambda: daemon.volume("m0").stalled)
+            await daemon.until(lambda: daemon.volumes.named("m0").stalled)
             with pytest.raises(
                 StalledError, match=r"looking for .*m0\.img takes longer"
             ):
@@ -293,11 +293,11 @@ async def test_a_reload_with_one_that_hangs(world: ManyWorld) -> None:
     """What is configured anew is opened, and what hangs comes back as it is configured now."""
     world.disk.hang = {"m0"}
     async with world.daemon() as daemon:
-        await daemon.until(lambda: daemon.volume("m0").stalled)
+        await daemon.until(lambda: daemon.volumes.named("m0").stalled)
         world.have(*TEN[1:], "new")
         await daemon.reload()  # m0 is wanted no more: all that is required is there
-        assert daemon.volume("new").mounted
-        assert [one.spec.id for one in daemon._volumes].count("m0") == 1
+        assert daemon.volumes.named("new").mounted
+        assert [one.spec.id for one in daemon.volumes.all].count("m0") == 1
         world.have(*TEN)
         with pytest.raises(NotReadyError):  # the old one is still there
             await daemon.reload()
@@ -312,7 +312,7 @@ async def test_no_new_program_while_a_volume_hangs(
     monkeypatch.setattr(daemon_module, "_STANDSTILL_S", 0.2)
     world.disk.hang = {"m0"}
     async with world.daemon() as daemon:
-        await daemon.until(lambda: daemon.volume("m0").stalled)
+        await daemon.until(lambda: daemon.volumes.named("m0").stalled)
         with pytest.raises(ReexecError, match=r"still under way .*volume m0"):
             await daemon.reexec(nothing)
         await daemon.until(all_mounted(daemon, set(TEN) - {"m0"}))
@@ -328,7 +328,7 @@ async def test_the_end_does_not_wait_for_one_that_hangs(world: ManyWorld) -> Non
         try:
             with trio.fail_after(40):
                 await daemon.until(all_mounted(daemon, set(TEN) - {"m0"}))
-                await daemon.until(lambda: daemon.volume("m0").stalled)
+                await daemon.until(lambda: daemon.volumes.named("m0").stalled)
                 async with trio.open_nursery() as stopping:
                     stopping.start_soon(daemon.stop)
                     await daemon.until(lambda: not world.mapper.open)
@@ -345,7 +345,9 @@ async def test_what_one_volume_needs_is_wiped_for_each(world: ManyWorld) -> None
     world.disk.eio = {"m2"}
     async with world.daemon() as daemon:
         await daemon.until(all_mounted(daemon, set(TEN) - {"m2"}))
-        await daemon.until(lambda: daemon.volume("m2").state is VolumeState.BACKOFF)
+        await daemon.until(
+            lambda: daemon.volumes.named("m2").state is VolumeState.BACKOFF
+        )
         assert all(one.secret.wiped for one in world.server.bundles)  # type: ignore[attr-defined]
 
 
@@ -354,7 +356,7 @@ async def test_a_reload_that_needs_what_still_hangs(world: ManyWorld) -> None:
     world.have(*TEN, optional=("m0",))
     world.disk.hang = {"m0"}
     async with world.daemon() as daemon:
-        await daemon.until(lambda: daemon.volume("m0").stalled)
+        await daemon.until(lambda: daemon.volumes.named("m0").stalled)
         world.have(*TEN)
         with pytest.raises(NotReadyError, match="volume m0 is closing"):
             await daemon.reload()

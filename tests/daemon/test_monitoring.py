@@ -77,7 +77,7 @@ async def guest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Scrape:
         await daemon.until(lambda: daemon.readiness()[0])
         await daemon.unmount("broken")
         world.mapper.next_error = IntegrityError("a hash differs")
-        daemon.volume("broken").want(mounted=True)
+        daemon.volumes.named("broken").want(mounted=True)
         await daemon.until(state(daemon, VolumeState.FAILED, "broken"))
         world.server.errors["model"] = UnreachableError("no key server")
         jump(world, daemon, LEASE_S * 0.7)
@@ -92,6 +92,7 @@ def completed(daemon: Any) -> Any:
         one["bytes_read"] = 4096
     shown["serving"]["servers"] = [{"slot": "a", "ready": False}]
     shown["serving"]["error"] = {"code": "serve-exited"}
+    shown["serving"]["certificate"] = {"error": {"code": "data"}}
     daemon.events.emit("serving.failed", code="serve-exited")
     return SimpleNamespace(
         status=lambda: shown,

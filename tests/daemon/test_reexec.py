@@ -118,9 +118,9 @@ async def test_what_is_closed_by_hand_stays_closed(world: World) -> None:
 
     async def use(daemon: Daemon) -> None:
         await trio.sleep(0.1)
-        assert daemon.volume("model").state is VolumeState.ABSENT
+        assert daemon.volumes.named("model").state is VolumeState.ABSENT
         await daemon.reload()
-        assert daemon.volume("model").mounted
+        assert daemon.volumes.named("model").mounted
 
     await run_next(world, handed, use)
 
@@ -155,7 +155,7 @@ async def test_a_volume_on_its_way_out_goes_on_its_way(world: World) -> None:
     async def leaving(daemon: Daemon) -> None:
         await until_mounted(daemon)
         world.mounts.busy = set(world.mounts.table)
-        daemon.volume("model").want(mounted=False, leave=True)
+        daemon.volumes.named("model").want(mounted=False, leave=True)
         await daemon.until(lambda: "volume.closing" in names(daemon))
 
     handed = await first(world, leaving)
@@ -204,7 +204,7 @@ async def test_a_mount_that_is_gone_is_made_again(world: World) -> None:
 
     async def use(daemon: Daemon) -> None:
         assert not daemon.readiness()[0]
-        await daemon.until(lambda: daemon.volume("model").mounted)
+        await daemon.until(lambda: daemon.volumes.named("model").mounted)
         assert len(world.mounts.table) == 1
 
     await run_next(world, handed, use)
@@ -323,7 +323,7 @@ async def test_a_key_that_came_before_the_standstill_is_wiped(world: World) -> N
         daemons.append(daemon)
         await daemon.standstill.until_frozen()
         await daemon.standstill.reached(5)
-        assert daemon.volume("model").generation == 1  # it has the key
+        assert daemon.volumes.named("model").generation == 1  # it has the key
         (bundle,) = world.server.bundles
         assert isinstance(bundle, KeyBundle | PassphraseBundle)
         secret = bytes(bundle.secret.reveal())
@@ -419,12 +419,12 @@ async def test_a_broken_volume_is_taken_from_a_running_server(world: World) -> N
         mounted = ServedVolume(
             volume_id="model",
             generation=1,
-            mount_point=daemon.volume("model").mount_point,
+            mount_point=daemon.volumes.named("model").mount_point,
         )
-        assert daemon._served() == (mounted,)
+        assert daemon.volumes.served() == (mounted,)
         server = object.__new__(ModelServer)
         server.volumes = (mounted,)
         daemon.serving.servers["a"] = server
-        daemon.volume("model").device.intact = False  # as of the last look
-        assert daemon._served() == ()
+        daemon.volumes.named("model").device.intact = False  # as of the last look
+        assert daemon.volumes.served() == ()
         del daemon.serving.servers["a"]

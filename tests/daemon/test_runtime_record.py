@@ -301,7 +301,7 @@ async def test_it_is_extended_before_the_volume_counts_as_open(world: World) -> 
     real = world.rtmr.extend
 
     def extend(digest: bytes) -> None:
-        seen.append((dict(world.mounts.table), daemon.volume("model").state))
+        seen.append((dict(world.mounts.table), daemon.volumes.named("model").state))
         real(digest)
 
     world.rtmr.extend = extend  # type: ignore[method-assign]

@@ -66,7 +66,7 @@ async def test_a_change_that_is_taken_back_while_the_volume_closes(
             await trio.testing.wait_all_tasks_blocked()
             let_go(world, daemon)
         assert daemon.readiness() == (True, [], 0)
-        assert daemon.volume("model").mounted
+        assert daemon.volumes.named("model").mounted
 
 
 async def test_a_reload_does_not_hold_up_a_stop(world: World) -> None:
@@ -124,7 +124,7 @@ async def test_a_look_that_ends_while_the_device_is_closed_is_no_alarm(
         await daemon.mount("model", Secret(WORD))
         mapper.slow = True
         daemon.changes.ring()
-        one = daemon.volume("model")
+        one = daemon.volumes.named("model")
         async with trio.open_nursery() as nursery:
             nursery.start_soon(daemon.unmount, "model")
             while not mapper.closing.is_set() or one.device._checking is not None:
@@ -148,12 +148,12 @@ async def test_writing_is_refused_in_words_also_with_a_passphrase(
     world.configure(writable=True)
     world.luks2()
     async with world.daemon() as daemon:
-        await daemon.until(lambda: daemon.volume("model").failure is not None)
+        await daemon.until(lambda: daemon.volumes.named("model").failure is not None)
         offered = Secret(WORD)
         with pytest.raises(ConfigError, match="writable needs the mapper dm"):
             await daemon.mount("model", offered)
         assert offered.wiped
-        assert daemon.volume("model").state is VolumeState.FAILED
+        assert daemon.volumes.named("model").state is VolumeState.FAILED
 
 
 async def test_a_wrong_block_is_seen_though_the_directory_does_not_answer(
@@ -181,7 +181,7 @@ async def test_a_wrong_block_is_seen_though_the_directory_does_not_answer(
             with trio.fail_after(10):
                 await daemon.until(lambda: not daemon.readiness()[0])
                 await daemon.until(lambda: not world.mapper.open)
-            told = daemon.volume("model").last_error
+            told = daemon.volumes.named("model").last_error
             assert told is not None
             assert told.code == "volume-integrity"
             answers.set()
@@ -218,13 +218,13 @@ async def test_a_mapping_that_was_called_off_is_no_failure(world: World) -> None
     world.host = dataclasses.replace(world.host, mapper=mapper)  # type: ignore[arg-type]
     async with world.daemon() as daemon:
         await trio.to_thread.run_sync(mapper.inside.wait, 10)
-        daemon.volume("model").want(mounted=False)
+        daemon.volumes.named("model").want(mounted=False)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(daemon.mount, "model")
             await trio.testing.wait_all_tasks_blocked()
             mapper.go_on.set()
-        assert daemon.volume("model").mounted
-        assert daemon.volume("model").last_error is None
+        assert daemon.volumes.named("model").mounted
+        assert daemon.volumes.named("model").last_error is None
 
 
 async def test_what_was_leaving_leaves_in_the_next_program(world: World) -> None:

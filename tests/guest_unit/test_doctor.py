@@ -20,6 +20,7 @@ from tdxd.core.config import (
     VolumeConfig,
 )
 from tdxd.core.config_trust import ConfigTrust
+from tdxd.core.protection import Observed, RootFact
 from tdxd.guest import doctor
 from tdxd.guest.doctor_evidence import has_length_fix
 from tdxd.guest.finding import Facts, Finding, ImageFact
@@ -40,19 +41,26 @@ CONFIG = Config(
 MACHINE = MachineFacts(
     uid=0,
     kernel="6.18.21",
-    tdx_cpu=True,
     device_mapper=True,
     loop=True,
     file_systems=frozenset({"erofs"}),
     memory_bytes=8 * 2**30,
-    swap=(),
     unit="enabled",
-    agents=(),
     group=True,
     user=True,
     clock_s=2e9,
     clock_set=True,
     built_s=1e9,
+)
+OBSERVED = Observed(
+    tdx_cpu=True,
+    root=RootFact("erofs", writable=False, measured=True),
+    command_line="roothash=00 lockdown=integrity",
+    swap=(),
+    logins=(),
+    ports=(8500,),
+    agents=(),
+    lockdown="integrity",
 )
 EVIDENCE = EvidenceFacts(
     configfs=True,
@@ -84,6 +92,7 @@ HEALTHY = Facts(
     config=CONFIG,
     trust=ConfigTrust.CONFIG_ID,
     machine=MACHINE,
+    observed=OBSERVED,
     evidence=EVIDENCE,
     ca=None,
     servers=(SERVER,),
@@ -95,10 +104,10 @@ HEALTHY = Facts(
 
 
 def changed(**changes: Any) -> Facts:
-    """Return the healthy facts, but for some: of machine, evidence or config by their names."""
+    """Return the healthy facts, but for some, by the names of what they are made of."""
     facts = HEALTHY
     for name, value in changes.items():
-        for part in ("machine", "evidence"):
+        for part in ("machine", "observed", "evidence"):
             record = getattr(facts, part)
             if name in {field.name for field in dataclasses.fields(record)}:
                 new = dataclasses.replace(record, **{name: value})
@@ -234,6 +243,16 @@ CASES: list[tuple[str, dict[str, Any], str, str]] = [
         {"swap": ("/swap",), "security": SecurityConfig(accept_swap=True)},
         "warn",
         "accepts that",
+    ),
+    ("rootfs", {"root": RootFact("ext4", True, False)}, "warn", "measured by nothing"),
+    ("logins", {"logins": ("ssh.service",)}, "warn", r"by ssh\.service"),
+    ("ports", {"ports": (22, 8500)}, "warn", "on TCP port 22$"),
+    ("lockdown", {"lockdown": None}, "warn", "lockdown is off"),
+    (
+        "volumes",
+        {"volume": (VolumeConfig(id="old", image="/srv/o.img", kind="luks2"),)},
+        "warn",
+        "integrity: none for volume old",
     ),
     ("mapper", {"file_systems": frozenset()}, "fail", "no erofs"),
     ("mapper", {"loop": False}, "fail", "/dev/loop-control"),

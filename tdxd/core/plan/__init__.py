@@ -11,10 +11,12 @@ Times are seconds of a monotonic clock.
 from __future__ import annotations
 
 from tdxd.core.plan.failure import Failure, Wait, backoff_s, renewal_pause_s
+from tdxd.core.plan.room import check_room
 from tdxd.core.plan.serving import (
     SLOTS,
     DrainServer,
     PollReady,
+    RenewCertificates,
     ServerSeen,
     ServingAction,
     ServingGoal,
@@ -60,6 +62,7 @@ __all__ = [
     "PollReady",
     "Record",
     "Renew",
+    "RenewCertificates",
     "ServerSeen",
     "ServingAction",
     "ServingGoal",
@@ -79,6 +82,7 @@ __all__ = [
     "VolumeState",
     "Wait",
     "backoff_s",
+    "check_room",
     "forfeited",
     "plan_serving",
     "plan_volume",

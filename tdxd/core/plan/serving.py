@@ -12,6 +12,7 @@ __all__ = [
     "SLOTS",
     "DrainServer",
     "PollReady",
+    "RenewCertificates",
     "ServerSeen",
     "ServingAction",
     "ServingGoal",
@@ -67,8 +68,16 @@ class SwitchFront:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class RenewCertificates:
+    """Give the running front the certificates of the goal."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class DrainServer:
-    """Wait until no stream goes to this slot, or its drain time is over."""
+    """Wait until no stream goes to this slot, or its drain time is over.
+
+    If the front still routes to it, tell the front first to send it nothing new.
+    """
 
     slot: str
 
@@ -90,6 +99,7 @@ ServingAction = (
     | PollReady
     | StartFront
     | SwitchFront
+    | RenewCertificates
     | DrainServer
     | StopServer
     | StopFront
@@ -102,10 +112,17 @@ SLOTS = ("a", "b")
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ServingGoal:
-    """What should be served: a key for the set of models, and one for the front's settings."""
+    """What should be served: a key for the set of models, and one for the front's settings.
 
-    models_key: str
+    `certificates_key` names the front's certificates; `None`: there are none at hand, and a front
+    keeps what it has. `in_place`: a model server is replaced after its end, not beside it.
+    Without `models_key` the models are on their way, and need the room of those of now.
+    """
+
+    models_key: str | None
     front_key: str
+    certificates_key: str | None = None
+    in_place: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,9 +141,11 @@ class ServerSeen:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ServingSeen:
-    """What was observed of the children. `front_key` and `active` are `None` without a front.
+    """What was observed of the children. `front_key` and the like are `None` without a front.
 
-    `front_revoked`: the front's certificate is from a volume that must be closed now.
+    `front_revoked`: the front's certificate is from a volume that must be closed now. `active` is
+    `None`, too, while the front routes to no server. `not_renewed` is what kept the front from
+    taking the certificates of the goal.
     """
 
     servers: tuple[ServerSeen, ...] = ()
@@ -134,6 +153,8 @@ class ServingSeen:
     front_revoked: bool = False
     active: str | None = None
     failure: Failure | None = None
+    certificates_key: str | None = None
+    not_renewed: Failure | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -150,8 +171,9 @@ def plan_serving(
     """Decide the next action of serving; `None` as goal means that nothing should run.
 
     A changed set of models is started beside the old one, the front moves over, the old one
-    drains and stops: so no request fails. A changed front (other certificate or address) is
-    restarted. What holds something of a revoked volume does not wait for any of this.
+    drains and stops: so no request fails. In place, the old one drains and stops first. Other
+    certificates are given to the front as it runs; with other settings it is restarted. What
+    holds something of a revoked volume does not wait for any of this.
     """
     if goal is None:
         return _stop_serving(seen)
@@ -161,14 +183,16 @@ def plan_serving(
     revoked = next((one for one in seen.servers if one.revoked), None)
     if revoked is not None:
         return ServingPlan(ServingState.DRAINING, _cut_off(revoked, server, seen))
+    if goal.models_key is None:
+        return _make_way(seen)
     paused = _paused(seen.failure, now_s)
     if server is None:
-        return paused or ServingPlan(ServingState.STARTING, _make_room(seen))
+        return paused or _make_room(goal, seen)
     if not server.ready:
         return ServingPlan(ServingState.STARTING, PollReady(server.slot))
     if seen.front_key is None:
         return paused or ServingPlan(ServingState.STARTING, StartFront(server.slot))
-    return _settle(goal, seen, server)
+    return _settle(goal, seen, server, now_s)
 
 
 def _cut_off(
@@ -180,26 +204,52 @@ def _cut_off(
     return StopServer(revoked.slot)
 
 
-def _make_room(seen: ServingSeen) -> StartServer | StopServer:
-    """Start in a slot that the front does not use, after stopping what is left in it."""
+def _make_room(goal: ServingGoal, seen: ServingSeen) -> ServingPlan:
+    """Start in a slot that the front does not use, after ending what is in the way."""
+    if goal.in_place and seen.servers:
+        return _leave(_unused_first(seen))
     spare = [slot for slot in SLOTS if slot != seen.active]
     taken = {one.slot for one in seen.servers}
     free = [slot for slot in spare if slot not in taken]
-    return StartServer(free[0]) if free else StopServer(spare[-1])
+    action = StartServer(free[0]) if free else StopServer(spare[-1])
+    return ServingPlan(ServingState.STARTING, action)
 
 
-def _settle(goal: ServingGoal, seen: ServingSeen, server: ServerSeen) -> ServingPlan:
+def _make_way(seen: ServingSeen) -> ServingPlan:
+    """End every model server; the front stays, and says that there is none."""
+    if seen.servers:
+        return _leave(_unused_first(seen))
+    return ServingPlan(ServingState.STARTING, Wait())
+
+
+def _unused_first(seen: ServingSeen) -> ServerSeen:
+    return min(seen.servers, key=lambda one: one.slot == seen.active)
+
+
+def _leave(old: ServerSeen) -> ServingPlan:
+    """End a server once nobody waits for an answer of it; one that is not ready never has any."""
+    ended = old.drained or not old.ready
+    action = StopServer(old.slot) if ended else DrainServer(old.slot)
+    return ServingPlan(ServingState.DRAINING, action)
+
+
+def _settle(
+    goal: ServingGoal, seen: ServingSeen, server: ServerSeen, now_s: float
+) -> ServingPlan:
     """Bring the front to the ready server, then end the other one."""
     if seen.front_key != goal.front_key:
         return ServingPlan(ServingState.DRAINING, StopFront())
+    old = next((one for one in seen.servers if one.slot != server.slot), None)
+    ready = ServingState.READY if old is None else ServingState.DRAINING
+    rest = Wait()
+    if goal.certificates_key not in (None, seen.certificates_key):
+        pause = _pause(seen.not_renewed, now_s)
+        if pause is None:
+            return ServingPlan(ready, RenewCertificates())
+        rest = pause
     if seen.active != server.slot:
         return ServingPlan(ServingState.DRAINING, SwitchFront(server.slot))
-    old = next((one for one in seen.servers if one.slot != server.slot), None)
-    if old is None:
-        return ServingPlan(ServingState.READY, Wait())
-    if old.drained:
-        return ServingPlan(ServingState.DRAINING, StopServer(old.slot))
-    return ServingPlan(ServingState.DRAINING, DrainServer(old.slot))
+    return ServingPlan(ready, rest) if old is None else _leave(old)
 
 
 def _matching(goal: ServingGoal, seen: ServingSeen) -> ServerSeen | None:
@@ -215,13 +265,20 @@ def _matching(goal: ServingGoal, seen: ServingSeen) -> ServerSeen | None:
 
 
 def _paused(failure: Failure | None, now_s: float) -> ServingPlan | None:
+    pause = _pause(failure, now_s)
+    if pause is None:
+        return None
+    final = pause.until_s is None
+    return ServingPlan(ServingState.FAILED if final else ServingState.BACKOFF, pause)
+
+
+def _pause(failure: Failure | None, now_s: float) -> Wait | None:
+    """Return how long a failure keeps from the next attempt; `None` if it does not."""
     if failure is None:
         return None
     if failure.error.retry in (Retry.OPERATOR, Retry.NEVER):
-        return ServingPlan(ServingState.FAILED, Wait())
-    if now_s < failure.until_s:
-        return ServingPlan(ServingState.BACKOFF, Wait(failure.until_s))
-    return None
+        return Wait()
+    return Wait(failure.until_s) if now_s < failure.until_s else None
 
 
 def _stop_serving(seen: ServingSeen) -> ServingPlan:

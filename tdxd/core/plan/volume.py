@@ -121,6 +121,7 @@ class VolumeSeen:
     RTMR3 shows the volume, or need not. `intact` is false once dm-verity met a wrong block.
     `in_use` says that a model server still sees the volume. `stuck_until_s` is when a step of
     closing that failed may be tried again. `lease` is `None` if the release was for good.
+    `held` says that an older generation of it must be gone before this one may be opened.
     """
 
     image_tag: tuple[int, ...] | None
@@ -134,6 +135,7 @@ class VolumeSeen:
     failure: Failure | None = None
     stuck_until_s: float | None = None
     lease: LeaseSeen | None = None
+    held: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -158,19 +160,19 @@ def plan_volume(*, wanted: bool, seen: VolumeSeen, now_s: float) -> VolumePlan:
     """Decide the next action of one volume, which is `wanted` mounted or not at all."""
     if not wanted or forfeited(seen, now_s):
         return _close(seen, now_s)
-    if seen.mounted and seen.recorded:
-        return VolumePlan(VolumeState.MOUNTED, _keep(seen.lease, now_s))
     failure = _standing(seen, now_s)
-    if failure is not None and (seen.mapped or seen.keyed):
+    if failure is not None and (seen.mounted or seen.mapped or seen.keyed):
         return _close(seen, now_s)  # a resting volume holds no key and no device
     if failure is not None:
         return _rest(failure)
+    if seen.mounted and seen.recorded:
+        return VolumePlan(VolumeState.MOUNTED, _keep(seen.lease, now_s))
     if seen.mounted:
         return VolumePlan(VolumeState.MAPPED, Record())
     if seen.mapped:
         return VolumePlan(VolumeState.MAPPED, Mount())
     if seen.keyed:
-        return VolumePlan(VolumeState.KEYED, Map())
+        return VolumePlan(VolumeState.KEYED, Wait() if seen.held else Map())
     if seen.image_tag is None:
         return VolumePlan(VolumeState.ABSENT, Wait())
     if seen.by_operator:

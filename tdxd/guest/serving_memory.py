@@ -1,0 +1,28 @@
+"""Looks whether the machine can hold two model servers, before there are two."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import trio
+
+from tdxd.core.plan import check_room as check_figures
+from tdxd.guest.server import ModelServer
+from tdxd.host.ports import Host
+
+__all__ = ["check_room"]
+
+
+async def check_room(host: Host, servers: Iterable[ModelServer]) -> None:
+    """Check that there is memory for one more, as large as the largest of these.
+
+    Raises: NoRoomError, HostError.
+    """
+    pids = [one.child.pid for one in servers]
+
+    def look() -> tuple[int, int]:
+        running = [host.tree_memory_bytes(pid) for pid in pids]
+        return max(running, default=0), host.available_memory_bytes()
+
+    running_bytes, available_bytes = await trio.to_thread.run_sync(look)
+    check_figures(running_bytes=running_bytes, available_bytes=available_bytes)
