@@ -16,16 +16,18 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-MODULES = (
-    "daemon",
-    "volume",
-    "sealing",
-    "keyrelease",
-    "keyrelease_load",
-    "serving",
-    "endpoint",
-    "guest",
-)
+MODULES = {
+    "daemon": "start of tdxd, run of tdxctl, memory of the daemon",
+    "volume": "opening an image, throughput of the memory mapper",
+    "sealing": "time and memory of tdx-seal create",
+    "keyrelease": "the key server's processor time for a release",
+    "keyrelease_load": "key releases by many guests at once",
+    "serving": "tdx-infer bench and tdx-model-server, on ResNet50",
+    "front": "what the front adds to a model server, on ResNet50, batch 1 and 8; needs root",
+    "reload": "time and memory of a new generation, on ResNet50, in the whole system; needs root",
+    "endpoint": "what tdx-infer --attest adds to a connection",
+    "guest": "opening a volume with dm-crypt and dm-verity in a booted guest",
+}
 _TIMEOUT_S = 1800.0
 _TITLES = ("WHAT", "BUDGET", "MEASURED", "RATIO", "")
 _DETAIL_WIDTH = 96
@@ -34,8 +36,14 @@ Row = dict[str, Any]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="tests.bench", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(MODULES))
+    known = "".join(f"\n  {name:<16} {what}" for name, what in MODULES.items())
+    parser = argparse.ArgumentParser(
+        prog="tests.bench",
+        description=__doc__,
+        epilog=f"benchmarks:{known}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="default: all")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--module", choices=MODULES, help=argparse.SUPPRESS)
     args = parser.parse_args()

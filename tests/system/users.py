@@ -1,4 +1,4 @@
-"""Users of a served model who call without a pause, and count what failed."""
+"""Users of a served model who call without a pause, count what failed, and time their waits."""
 
 from __future__ import annotations
 
@@ -46,6 +46,8 @@ class Users:
         )
         self.health = f"http://127.0.0.1:{health}"
         self.answers = dict.fromkeys(("kept", "fresh", "probe"), 0)
+        self.gaps_s = dict.fromkeys(self.answers, 0.0)
+        """Of each the longest time from one answer to the next."""
         self.failures: list[str] = []
         self._end = threading.Event()
 
@@ -65,6 +67,7 @@ class Users:
             thread.join(self.timeout_s + 40)
 
     def loop(self, kind: str, call: Any) -> None:
+        answered = None
         with open_channel(self.endpoint) as channel:
             while not self._end.is_set():
                 try:
@@ -72,6 +75,9 @@ class Users:
                 except Exception as exc:  # noqa: BLE001 — each failure is what is counted
                     self.failures.append(f"{kind}: {exc!r}")
                 else:
+                    before, answered = answered, time.monotonic()
+                    gap_s = answered - (before or answered)
+                    self.gaps_s[kind] = max(self.gaps_s[kind], gap_s)
                     self.answers[kind] += 1
                 time.sleep(self.pause_s)
 

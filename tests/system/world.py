@@ -21,7 +21,7 @@ __all__ = ["Daemon", "World", "free_port", "our_loops"]
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
-OURS = ("m", "other", *(f"ten{number}" for number in range(10)))
+OURS = ("m", "other", "roll", "more", *(f"ten{number}" for number in range(10)))
 """The ids of all volumes that these tests open."""
 START_S = 60.0
 """Generous: machines that run tests stall."""
@@ -158,9 +158,10 @@ class World:
     # --- the owner's side ---
 
     def make_saved_model(self) -> None:
-        """Make a model, in a process of its own: that imports TensorFlow."""
+        """Make two models, in a process of its own: that imports TensorFlow."""
+        program = ROOT / "tests/system/make_model.py"
         subprocess.run(
-            [sys.executable, ROOT / "tests/system/make_model.py", self.saved_model],
+            [sys.executable, program, self.saved_model, self.next_model],
             check=True,
             capture_output=True,
             env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
@@ -169,6 +170,11 @@ class World:
     @property
     def saved_model(self) -> Path:
         return self.directory / "saved_model"
+
+    @property
+    def next_model(self) -> Path:
+        """One of the same inputs that answers otherwise."""
+        return self.directory / "next_model"
 
     def make_certificate(self, name: str) -> None:
         """Make the front's certificate and key, `server.pem`, and its CA, `ca.pem`."""
