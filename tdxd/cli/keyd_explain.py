@@ -23,6 +23,8 @@ _HEX = re.compile(r"(?:[0-9a-f]{2}){17,}")
 _HEX_PARTS = re.compile(r"((?:[0-9a-f]{2}){17,})[,; ]*")
 _ENROL = "if it is yours: tdx-keyd policy enroll a quote of it, compare by policy diff"
 
+_COMPARE = f"{_ENROL}; of a measured image: policy from-image IMAGE --compare LOG"
+
 _MEANINGS: tuple[tuple[str, str, str], ...] = (
     ("token_expiry", "the challenge has expired", "the guest's quoting takes too long"),
     (
@@ -93,8 +95,8 @@ _MEANINGS: tuple[tuple[str, str, str], ...] = (
     ("not_after", "the policy is no longer in force", "change not_after"),
     ("mr_td", "the guest's firmware is another one (MRTD)", _ENROL),
     ("rtmr0", "firmware settings or virtual hardware differ (RTMR0)", _ENROL),
-    ("rtmr1", "boot loader, kernel or partitions differ (RTMR1)", _ENROL),
-    ("rtmr2", "kernel command line or initrd differ (RTMR2)", _ENROL),
+    ("rtmr1", "boot loader, kernel or partitions differ (RTMR1)", _COMPARE),
+    ("rtmr2", "kernel command line or initrd differ (RTMR2)", _COMPARE),
     ("rtmr3", "something else was measured at run time (RTMR3)", _ENROL),
     (
         "td_attributes",

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tdxd.cli.keyd_appraise import add_appraisal_verbs
+from tdxd.cli.keyd_from_image import add_from_image
 from tdxd.cli.keyd_verbs import add_kek, add_verb, now_s, print_json
 
 if TYPE_CHECKING:
     from tdxd.core.policy_diff import Change
     from tdxd.core.policy_lint import Remark
 
-__all__ = ["add_policy_verbs"]
+__all__ = ["add_policy_verbs", "write_new"]
 
 
 def add_policy_verbs(verbs: Any) -> None:
@@ -23,6 +24,7 @@ def add_policy_verbs(verbs: Any) -> None:
     parser = verbs.add_parser("policy", help="write, set, show and check policies")
     policy = parser.add_subparsers(metavar="VERB", required=True)
     _add_enroll(policy)
+    add_from_image(policy)
     check = policy.add_parser(
         "check",
         help="check a policy file",
@@ -104,12 +106,16 @@ def _policy_enroll(options: argparse.Namespace) -> int:
     if options.output is None:
         print(made.text, end="")
     else:
-        _write_new(options.output, made.text)
+        write_new(options.output, made.text)
     _print_remarks(made.remarks)
     return 0
 
 
-def _write_new(path: Path, text: str) -> None:
+def write_new(path: Path, text: str) -> None:
+    """Write a policy to a file that is not there yet.
+
+    Raises: UsageError, HostError.
+    """
     from tdxd.errors import HostError, UsageError
 
     try:

@@ -56,8 +56,12 @@ class Event:
     data: bytes
 
 
-def parse_event_log(log: bytes) -> tuple[Event, ...]:
+def parse_event_log(
+    log: bytes, *, last_register: int = RTMR_COUNT
+) -> tuple[Event, ...]:
     """Read every event after the Spec ID header; an empty log has none.
+
+    The log of a TPM has the same form: with `last_register` 23, `rtmr` is its PCR less one.
 
     After the last event only padding may follow, all 0x00 or all 0xFF.
 
@@ -76,7 +80,7 @@ def parse_event_log(log: bytes) -> tuple[Event, ...]:
             raise EvidenceMalformedError(
                 f"event log holds more than {MAX_EVENTS} events"
             )
-        events.append(_read_event(reader, sizes))
+        events.append(_read_event(reader, sizes, last_register))
     return tuple(events)
 
 
@@ -143,11 +147,11 @@ def _read_spec_id(reader: _Reader) -> dict[int, int]:
     return sizes
 
 
-def _read_event(reader: _Reader, sizes: dict[int, int]) -> Event:
+def _read_event(reader: _Reader, sizes: dict[int, int], last_register: int) -> Event:
     where = reader.offset
     register, kind, count = reader.unpack(_EVENT_HEADER)
-    if register > RTMR_COUNT:
-        text = f"event at {where} has MR index {register}, more than {RTMR_COUNT}"
+    if register > last_register:
+        text = f"event at {where} has MR index {register}, more than {last_register}"
         raise EvidenceMalformedError(text)
     if count != len(sizes):
         text = f"event at {where} has {count} digests, not {len(sizes)}"
