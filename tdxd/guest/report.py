@@ -115,12 +115,15 @@ def kept(
 def failing(
     config: Config, volumes: list[VolumeReconciler], serving: ServingReconciler
 ) -> bool:
-    """Say whether what is not ready has an error to show, or no file to open."""
+    """Say whether what is not ready has an error to show, or no file to open.
+
+    Where nothing is open, and need not be, there is nothing to serve either.
+    """
     missing = _missing(config, volumes)
     absent = VolumeState.ABSENT
     if missing:
         return all(one.failure is not None or one.state is absent for one in missing)
-    return serving.failure is not None
+    return serving.failure is not None or not any(one.mounted for one in volumes)
 
 
 def failure_exit_code(

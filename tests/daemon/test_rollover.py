@@ -329,6 +329,16 @@ async def test_in_place_the_old_one_does_not_go_for_half_an_upload(
         assert "none of 2 files" in failure.error.message
 
 
+async def test_a_reload_returns_where_there_is_nothing_to_serve(world: World) -> None:
+    serving(world)
+    optional = dataclasses.replace(world.config.volume[0], required=False)
+    world.config = dataclasses.replace(world.config, volume=(optional,))
+    (world.directory / "model-1.img").unlink()
+    async with world.daemon() as daemon:
+        with trio.fail_after(5), pytest.raises(NotReadyError, match="serving is"):
+            await daemon.reload()
+
+
 # --- over an exec -----------------------------------------------------------------
 
 
