@@ -79,6 +79,7 @@ class SteadyStream:
     """Sends while its block runs; a request that takes longer than the endpoint's time fails.
 
     Without `request` the model `line` is asked. The answer to any request has a row of `y`.
+    While `in_flight` requests have no answer, the next one waits.
     """
 
     def __init__(
@@ -89,8 +90,10 @@ class SteadyStream:
         kept: int = 3,
         rate_per_s: float = 50.0,
         most_s: float = 120.0,
+        in_flight: int = 2000,
     ) -> None:
         self._endpoint, self._most_s = endpoint, most_s
+        self._in_flight = in_flight
         self._pause_s = 1 / rate_per_s
         self._request = request or encode_request(Model(name="line"), {"x": INPUT})
         self._kept = kept
@@ -165,17 +168,22 @@ class SteadyStream:
             while not self._end.wait(self._due_s(start_s)):
                 if CLOCK() - start_s > self._most_s:
                     break
+                self._wait_for_room(self._in_flight - 1)
                 turn = self._sent % (self._kept + 1)
                 if turn < self._kept:
                     self._send(f"kept {turn}", kept[turn], lambda: None)
                 else:
                     channel = stream_channel(self._endpoint)
                     self._send("fresh", channel, channel.close)
-            with self._changed:
-                self._changed.wait_for(
-                    lambda: len(self._answers) == self._sent,
-                    self._endpoint.timeout_s + 1,
-                )
+            self._wait_for_room(0)
+
+    def _wait_for_room(self, in_flight: int) -> None:
+        """Wait until no more than so many have no answer; each has one in its time."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._sent - len(self._answers) <= in_flight,
+                self._endpoint.timeout_s + 1,
+            )
 
     def _due_s(self, start_s: float) -> float:
         return max(0.0, start_s + self._sent * self._pause_s - CLOCK())

@@ -121,11 +121,8 @@ def served_now(serving: Serving) -> tuple[int, tuple[float, ...]]:
 
 def test_a_new_generation(serving: Serving, owner: Owner) -> None:
     """What is on its way when the front moves over is answered by the old server."""
-    request = late_request(900)
-    with (
-        serving.stream() as stream,
-        serving.stream(request=request, kept=1, rate_per_s=2) as late,
-    ):
+    slowly = {"request": late_request(200), "kept": 1, "in_flight": 2}
+    with serving.stream() as stream, serving.stream(**slowly) as late:
         owner.publish(owner.world.next_model)
         took_s = reload(serving)
         done_s = CLOCK()
@@ -148,7 +145,7 @@ def test_a_certificate_comes_with_a_new_generation(
     serving: Serving, owner: Owner
 ) -> None:
     """New connections see the new one; what had connected goes on; the front is not restarted."""
-    front = serving.daemon.status()["serving"]["front_pid"]
+    front = serving.front_pid()
     owner.pem = believed_certificate(serving, "second.example.com")
     old = certificate_at(serving.port)
     with serving.stream() as stream:
@@ -158,7 +155,7 @@ def test_a_certificate_comes_with_a_new_generation(
     print(told("certificate of a generation", stream), f"reload took {took_s:.2f} s")
     assert stream.failures == []
     assert certificate_at(serving.port) != old
-    assert serving.daemon.status()["serving"]["front_pid"] == front
+    assert serving.front_pid() == front
 
 
 def believed_certificate(serving: Serving, name: str) -> bytes:
@@ -173,7 +170,7 @@ def test_a_certificate_that_is_a_secret_of_its_own(
     serving: Serving, owner: Owner
 ) -> None:
     """It takes the place of the volume's, and is itself replaced, while the front runs on."""
-    front = serving.daemon.status()["serving"]["front_pid"]
+    front = serving.front_pid()
     server = serving.server_pid()
     names = ("third.example.com", "fourth.example.com")
     pems = [believed_certificate(serving, name) for name in names]
@@ -188,7 +185,7 @@ def test_a_certificate_that_is_a_secret_of_its_own(
     print(told("certificate of its own", stream), f"reload took {took_s:.2f} s")
     assert stream.failures == []
     assert len(set(seen)) == len(seen)
-    assert serving.daemon.status()["serving"]["front_pid"] == front
+    assert serving.front_pid() == front
     assert serving.server_pid() == server
 
 
@@ -263,28 +260,22 @@ def withdraw(owner: Owner, image: Path) -> None:
 
 def test_in_place_there_is_a_gap_and_it_is_told(serving: Serving, owner: Owner) -> None:
     """For machines that cannot hold two model servers; the front stays and says so."""
-    front = serving.daemon.status()["serving"]["front_pid"]
+    server, front = serving.server_pid(), serving.front_pid()
+    models = {TWICE: owner.world.saved_model, THRICE: owner.world.next_model}
+    old = served_now(serving)
+    (new,) = models.keys() - {old}
+    serving.configure(serving={"strategy": "replace-in-place"})
+    reload(serving)
+    assert serving.server_pid() == server
     with serving.stream() as stream:
-        changes = {"strategy": "replace-in-place", "intra_op_threads": 2}
-        serving.configure(serving=changes)
         changed_s = CLOCK()
+        owner.publish(models[new])
         took_s = reload(serving)
         stream.more()
     print(told("replaced in place", stream), f"reload took {took_s:.2f} s")
     assert_clear(stream.failures)
     assert_one_gap(stream, changed_s)
     assert {one.details for one in stream.failures} == {"no model server is ready"}
-    assert serving.daemon.status()["serving"]["front_pid"] == front
-
-
-def test_a_new_generation_in_place(serving: Serving, owner: Owner) -> None:
-    """What was accepted is answered, and whoever comes in between waits or is told."""
-    assert serving.tables["serving"]["strategy"] == "replace-in-place"
-    with serving.stream() as stream:
-        owner.publish(owner.world.saved_model)
-        took_s = reload(serving)
-        stream.more()
-    print(told("generation in place", stream), f"reload took {took_s:.2f} s")
-    assert_clear(stream.failures)
-    assert_moved_once(stream, THRICE, TWICE)
+    assert_moved_once(stream, old, new)
+    assert serving.front_pid() == front
     assert mounted() == {f"roll@{owner.generation}"}
