@@ -6,11 +6,13 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Protocol
 
 from tdxd.core.config import Config
 from tdxd.errors import DataError, NotReadyError
 from tdxd.guest.handover import ServedVolume
+from tdxd.guest.volume_reader import VolumeReader
 from tdxd.host import content, haproxy
 
 __all__ = [
@@ -103,7 +105,7 @@ class CertificateSources:
     """Finds the front's certificates, by a configuration and the volumes that are mounted."""
 
     def __init__(self, secrets: Secrets) -> None:
-        self._secrets = secrets
+        self._secrets, self._reader = secrets, VolumeReader()
 
     def key(self, config: Config, volumes: tuple[ServedVolume, ...]) -> str | None:
         """Return a key that differs when the front needs other certificates.
@@ -119,19 +121,22 @@ class CertificateSources:
         there = [one for one in sources if one is not None]
         return certificates_key(there) if len(there) == len(sources) else None
 
-    def read(self, config: Config, volumes: tuple[ServedVolume, ...]) -> Certificates:
+    async def read(
+        self, config: Config, volumes: tuple[ServedVolume, ...]
+    ) -> Certificates:
         """Return them.
 
-        Raises: NotReadyError if what supplies them is not there; MissingError, HostError.
+        Raises: NotReadyError if what supplies them is not there; MissingError, StalledError,
+        HostError.
         """
         serving = config.serving
         assert serving is not None, "without it there is no front"
         client_ca, ca_source = None, ""
         if serving.client_ca is not None:
-            client_ca, ca_source = self._read(
+            client_ca, ca_source = await self._read(
                 config, volumes, serving.client_ca_secret, content.read_client_ca
             )
-        server, source = self._read(
+        server, source = await self._read(
             config, volumes, serving.tls_secret, content.read_certificate
         )
         return Certificates(
@@ -169,7 +174,7 @@ class CertificateSources:
         volume = _tls_volume(config, volumes)
         return None if volume is None else _of_volume(*_named(volume))
 
-    def _read(
+    async def _read(
         self,
         config: Config,
         volumes: tuple[ServedVolume, ...],
@@ -189,7 +194,8 @@ class CertificateSources:
         volume = _tls_volume(config, volumes)
         if volume is None or source is None:
             raise _no_volume(config.tls_volume)
-        return read(volume.mount_point), source
+        point = volume.mount_point
+        return await self._reader.read(point, partial(read, point)), source
 
 
 def certificates_key(sources: Iterable[str]) -> str:

@@ -253,7 +253,12 @@ class Daemon:
         """Want a volume closed until the next reload; return when it is."""
         one = self.volumes.named(volume_id)
         self.volumes.close_all(volume_id)
-        await self.until(lambda: one.state is VolumeState.ABSENT or one.wanted)
+
+        def closed() -> bool:  # an older generation may still drain
+            every = [other for other in self.volumes.all if other.spec.id == volume_id]
+            return all(other.state is VolumeState.ABSENT for other in (one, *every))
+
+        await self.until(lambda: closed() or one.wanted)
 
     async def retry(self, volume_id: str | None) -> None:
         """Forget failures and try again now; without an id, all and serving, too."""

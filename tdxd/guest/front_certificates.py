@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from tdxd.core.config import Config
 from tdxd.core.plan import Failure
-from tdxd.errors import DataError, TdxdError
+from tdxd.errors import (
+    DataError,
+    HostError,
+    ServerExitedError,
+    TdxdError,
+    VolumeError,
+)
 from tdxd.guest.certificates import (
     Certificates,
     CertificateSources,
@@ -61,27 +67,52 @@ class FrontCertificates:
         """Say whether something of these must not be used any longer."""
         return self._sources.revoked(self._now()[0], sources, self._revoked())
 
-    def read(self) -> Certificates:
+    async def read(self) -> Certificates:
         """Return them.
 
-        Raises: NotReadyError if what supplies them is not there; MissingError, HostError.
+        Raises: NotReadyError if what supplies them is not there; MissingError, StalledError,
+        HostError.
         """
-        return self._sources.read(*self._now())
+        return await self._sources.read(*self._now())
 
-    def to_start(self) -> Certificates:
-        """Return those of now for a front that starts; else, if they cannot be used, proven ones.
+    async def start(self, start: Callable[[Certificates], Awaitable[None]]) -> None:
+        """Start a front with those of now; else, if they cannot be used, with proven ones.
 
-        Raises: NotReadyError, MissingError, HostError, DataError.
+        Raises: NotReadyError, MissingError, StalledError, HostError, DataError; what `start` does.
         """
-        made = self.read()
+        key = self.key
         try:
+            made = await self.read()
             made.check()
-        except DataError as exc:
-            if self.proven is None or self.revoked(self.proven.sources):
-                raise
-            self._add(certificates_key(made.sources), exc)
-            return self.proven
-        return made
+        except (DataError, VolumeError, HostError) as exc:
+            await start(self._instead(key, exc))
+            return
+        try:
+            await start(made)
+        except ServerExitedError as exc:
+            await start(self._instead(key, exc))
+            return
+        self.proven = made
+        self.forget()
+
+    def _instead(self, key: str | None, error: TdxdError) -> Certificates:
+        """Return the proven ones, for a front that cannot have those of this key.
+
+        Raises: the error itself, if there are none that may be used.
+        """
+        proven = self.proven
+        if proven is None or not self.supplied or self.revoked(proven.sources):
+            raise error
+        if certificates_key(proven.sources) == key:
+            raise error
+        self._add(key, error)
+        return proven
+
+    def forget_proven(self, *, ends: bool) -> None:
+        """Keep no key of what is closed, or must be, or where nothing is served any more."""
+        proven = self.proven
+        if proven and (ends or not self.supplied or self.revoked(proven.sources)):
+            self.proven = None
 
     def failed(self, error: TdxdError) -> None:
         """Count a failure with those of now."""

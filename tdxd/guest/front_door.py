@@ -32,7 +32,7 @@ class FrontDoor:
         return self._grpc.sound and self._rest.sound
 
     async def start(
-        self, slot: str, config: ServingConfig, certificates: Certificates, key: str
+        self, slot: str, config: ServingConfig, key: str, certificates: Certificates
     ) -> None:
         """Start a front that routes to `slot`; a dead socket is made anew.
 

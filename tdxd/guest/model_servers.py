@@ -12,7 +12,7 @@ from tdxd.errors import NotReadyError, TdxdError
 from tdxd.guest.handover import ServedVolume
 from tdxd.guest.server import ModelServer, exited_error
 from tdxd.guest.server_program import ServerProgram, ServerPrograms
-from tdxd.guest.server_start import check_models, start_server
+from tdxd.guest.server_start import check_models, offered_by, start_server
 from tdxd.guest.serving_scene import ServingScene
 
 __all__ = ["ModelServers"]
@@ -47,16 +47,17 @@ class ModelServers:
     ) -> None:
         """Start one for these volumes.
 
-        Raises: ConfigError, ServeError, NotReadyError, HostError.
+        Raises: ConfigError, ServeError, NotReadyError, StalledError, HostError.
         """
         program = await self._program(config)
+        offered = await offered_by(volumes, self._scene.reader)
         server = start_server(
             host=self._scene.host,
             config=config,
             program=program,
             runtime_dir=self._scene.runtime_dir,
             slot=slot,
-            volumes=volumes,
+            offered=offered,
         )
         self._scene.events.emit(
             "server.started",
@@ -72,10 +73,10 @@ class ModelServers:
     ) -> None:
         """Check as far as it can be known whether one for these volumes would start.
 
-        Raises: ConfigError, ServeError, NotReadyError, HostError.
+        Raises: ConfigError, ServeError, NotReadyError, StalledError, HostError.
         """
         await self._program(config)
-        check_models(volumes)
+        check_models(await offered_by(volumes, self._scene.reader))
 
     async def _program(self, config: ServingConfig) -> ServerProgram:
         program = await self._programs.choose(config)

@@ -233,7 +233,8 @@ class NamedSecrets:
             try:
                 leased = await self._attester.secret(one.held.id)
                 try:
-                    self._take(one, leased)
+                    if self._asked.get(one.held.id) is one:  # still wanted
+                        self._take(one, leased)
                 finally:
                     leased.wipe()
             except TdxdError as exc:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from functools import partial
 
 from tdxd.core import server_files
 from tdxd.core.serving_config import ServingConfig
@@ -12,13 +13,30 @@ from tdxd.guest import isolation
 from tdxd.guest.handover import ServedVolume
 from tdxd.guest.server import ModelServer, models_key
 from tdxd.guest.server_program import ServerProgram
+from tdxd.guest.volume_reader import VolumeReader
 from tdxd.host import content, haproxy_config
 from tdxd.host.ports import Cell, ChildSpec, Host, PrivateTmp
 from tdxd.host.proc import user_ids
 
-__all__ = ["check_models", "start_server"]
+__all__ = ["Offered", "check_models", "offered_by", "start_server"]
 
 _TMP_BYTES = 64 * 2**20
+Offered = tuple[tuple[ServedVolume, tuple[content.Model, ...]], ...]
+"""Volumes with the models in them."""
+
+
+async def offered_by(
+    volumes: tuple[ServedVolume, ...], reader: VolumeReader
+) -> Offered:
+    """Look which models these volumes have.
+
+    Raises: NotReadyError, StalledError, HostError.
+    """
+    found = []
+    for one in volumes:
+        look = partial(content.models_in, one.mount_point)
+        found.append((one, await reader.read(one.mount_point, look)))
+    return tuple(found)
 
 
 def start_server(
@@ -28,13 +46,14 @@ def start_server(
     program: ServerProgram,
     runtime_dir: str,
     slot: str,
-    volumes: tuple[ServedVolume, ...],
+    offered: Offered,
 ) -> ModelServer:
     """Start a model server in its cell, where it sees nothing but these volumes' models.
 
-    Raises: ServeError, NotReadyError, HostError; nothing is left running.
+    Raises: ServeError, HostError; nothing is left running.
     """
-    binds, base_paths, models = _collect(volumes, runtime_dir)
+    binds, base_paths, models = _collect(offered, runtime_dir)
+    volumes = tuple(volume for volume, _models in offered)
     socket_dir = os.path.join(runtime_dir, "serve", slot)
     _fresh_directory(socket_dir, config.user, isolation.front_user(config))
     paths = _write_files(config, socket_dir, slot, base_paths)
@@ -52,12 +71,12 @@ def start_server(
     )
 
 
-def check_models(volumes: tuple[ServedVolume, ...]) -> None:
+def check_models(offered: Offered) -> None:
     """Check that one model server can serve all these volumes.
 
-    Raises: ServeError, NotReadyError, HostError.
+    Raises: ServeError.
     """
-    _collect(volumes, "")
+    _collect(offered, "")
 
 
 def _child(
@@ -101,18 +120,18 @@ def _tmp(runtime_dir: str) -> str:
 
 
 def _collect(
-    volumes: tuple[ServedVolume, ...], runtime_dir: str
+    offered: Offered, runtime_dir: str
 ) -> tuple[list[tuple[str, str]], dict[str, str], tuple[content.Model, ...]]:
     """Return the binds of all `models/` directories, and each model with its new place."""
     binds: list[tuple[str, str]] = []
     owners: dict[str, str] = {}
     base_paths: dict[str, str] = {}
     models: list[content.Model] = []
-    for volume in volumes:
+    for volume, found in offered:
         source = os.path.join(volume.mount_point, "models")
         target = os.path.join(runtime_dir, "models", volume.volume_id)
         binds.append((source, target))
-        for model in content.models_in(volume.mount_point):
+        for model in found:
             if model.name in owners:
                 raise ServeError(
                     f"model {model.name!r} is in volumes {owners[model.name]} "

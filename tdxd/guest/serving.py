@@ -5,6 +5,8 @@ A reconciler of its own: it observes the children, asks `core.plan.plan_serving`
 
 from __future__ import annotations
 
+from functools import partial
+
 import trio
 
 from tdxd.core import plan
@@ -156,6 +158,8 @@ class ServingReconciler:
             self.beat_s = now_s
             step = self._plan(now_s)
             self._show(step.state)
+            ends = self.stopping or self.config.serving is None
+            self._certificates.forget_proven(ends=ends)
             if not isinstance(step.action, plan.Wait):
                 with self._standstill.running("serving"):
                     await self._act(step.action)
@@ -270,9 +274,10 @@ class ServingReconciler:
     async def _do(self, action: plan.ServingAction) -> None:
         match action:
             case plan.StartServer(slot):
+                config, wanted = self._config(), self._wanted  # as it was planned
                 if self.servers:
                     await check_room(self._host, self.servers.values())
-                await self._servers.start(slot, self._config(), self._wanted)
+                await self._servers.start(slot, config, wanted)
             case plan.PollReady(slot):
                 await self._servers.poll_ready(slot, self._config())
             case plan.StartFront(slot):
@@ -324,7 +329,7 @@ class ServingReconciler:
 
     async def _renew(self) -> None:
         """Change certificates in the running front, or end it where only another can have them."""
-        certificates = self._certificates.read()
+        certificates = await self._certificates.read()
         if await self.door.renew(certificates):
             self._certificates.proven = certificates
         else:
@@ -332,10 +337,9 @@ class ServingReconciler:
         self._certificates.forget()
 
     async def _start_front(self, slot: str) -> None:
-        certificates, config = self._certificates.to_start(), self._config()
+        config = self._config()
         key = front_key(config, supplied=self._certificates.supplied)
-        await self.door.start(slot, config, certificates, key)
-        self._certificates.proven = certificates
+        await self._certificates.start(partial(self.door.start, slot, config, key))
 
     async def _stop_front(self) -> None:
         if self.front is None:
@@ -349,7 +353,6 @@ class ServingReconciler:
         await self.door.stop(drain_s)
         if self.stopping or config is None:
             self.door.close()
-            self._certificates.proven = None
 
     # --- over an exec ---
 

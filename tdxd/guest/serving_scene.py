@@ -18,6 +18,7 @@ from tdxd.guest.front import Front
 from tdxd.guest.handover import ServedVolume
 from tdxd.guest.server import ModelServer
 from tdxd.guest.standstill import Standstill
+from tdxd.guest.volume_reader import VolumeReader
 from tdxd.host.ports import Host
 
 __all__ = ["OpenVolumes", "ServingScene", "failures_of_serving"]
@@ -59,6 +60,7 @@ class ServingScene:
     failures: Failures
     nursery: trio.Nursery
     restarts: int = 0
+    reader: VolumeReader = dataclasses.field(default_factory=VolumeReader)
 
     def read(self, child: ModelServer | Front, event: str, **fields: str) -> None:
         """Start to keep and tell what a child says."""

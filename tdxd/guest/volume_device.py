@@ -92,7 +92,9 @@ class VolumeDevice:
 
     @property
     def mounted(self) -> bool:
-        """Whether something is mounted there."""
+        """Whether it is mounted there; before it is mapped, what is there is of one that leaves."""
+        if self.mapped is None:
+            return False
         return self.mount_point in self._mounts.under(self._directory)
 
     @property

@@ -16,7 +16,7 @@ from typing import Protocol
 import trio
 
 from tdxd.core.config import Config, VolumeConfig
-from tdxd.errors import TdxdError, UsageError
+from tdxd.errors import Retry, TdxdError, UsageError
 from tdxd.guest.handover import HandedVolume, ServedVolume
 from tdxd.guest.reconciler import VolumeReconciler
 from tdxd.guest.surroundings import Surroundings
@@ -101,7 +101,7 @@ class Volumes:
             spec,
             self._surroundings(),
             in_use=lambda one: self._serving().uses(one.spec.id, one.generation),
-            held=self._held,
+            held=lambda one: self._held(one) or self._has_twin(one),
             newer_than=newer_than,
         )
 
@@ -193,10 +193,27 @@ class Volumes:
     def _gives_way(self, older: VolumeReconciler, newer: VolumeReconciler) -> bool:
         """Say whether the newer one does the work now, or needs the older one's room."""
         if not older.mounted:
-            return older.wanted and newer.device.mapped is not None
+            return older.wanted and self._is_hope(newer, instead_of=older)
         if newer.mounted:
             return self._is_served(newer)
         return self._held(newer) and newer.device.fits
+
+    def _is_hope(
+        self, newer: VolumeReconciler, *, instead_of: VolumeReconciler
+    ) -> bool:
+        """Say whether rather the newer one gets the volume open, of two that are not."""
+        if newer.device.mapped is not None or newer.failure is None:
+            return newer.wanted
+        return _failed_for_good(instead_of) and not _failed_for_good(newer)
+
+    def _has_twin(self, one: VolumeReconciler) -> bool:
+        """Say whether one that leaves has not closed yet what this one may open."""
+        mine = {bundle.manifest.generation for bundle in one.device.bundles}
+        return any(
+            other.leaving and other.spec.id == one.spec.id and other.generation in mine
+            for other in self.all
+            if other is not one
+        )
 
     def _is_served(self, one: VolumeReconciler) -> bool:
         if self._config().serving is None:
@@ -334,3 +351,9 @@ class Volumes:
             if self._config().volume_named(one.spec.id) != one.spec:
                 volume.want(mounted=False, leave=True)
             self._run(volume)
+
+
+def _failed_for_good(one: VolumeReconciler) -> bool:
+    """Say whether it is not tried again by itself."""
+    finals = (Retry.NEVER, Retry.OPERATOR)
+    return one.failure is not None and one.failure.error.retry in finals

@@ -6,6 +6,7 @@ import dataclasses
 import os
 
 from tdxd.errors import HostError, MissingError, NotReadyError
+from tdxd.host.os_error import as_host_error
 
 __all__ = ["Model", "models_in", "read_certificate", "read_client_ca"]
 
@@ -26,13 +27,10 @@ def models_in(mount_point: str) -> tuple[Model, ...]:
     """Return the models below `models/`, by name.
 
     Raises: NotReadyError for a model without a version directory (TensorFlow Serving would
-    wait for one for ever), or a volume without models.
+    wait for one for ever), or a volume without models; HostError.
     """
     directory = os.path.join(mount_point, "models")
-    try:
-        names = sorted(entry.name for entry in os.scandir(directory) if entry.is_dir())
-    except OSError as exc:
-        raise HostError.of("list", directory, exc) from exc
+    names = sorted(_directories(directory))
     if not names:
         raise NotReadyError(
             f"volume at {mount_point} holds no model", hint="seal models/NAME/VERSION/…"
@@ -43,9 +41,7 @@ def models_in(mount_point: str) -> tuple[Model, ...]:
 def _model(directory: str, name: str) -> Model:
     path = os.path.join(directory, name)
     versions = sorted(
-        int(entry.name)
-        for entry in os.scandir(path)
-        if entry.is_dir() and entry.name.isascii() and entry.name.isdigit()
+        int(name) for name in _directories(path) if name.isascii() and name.isdigit()
     )
     if not versions:
         raise NotReadyError(
@@ -53,6 +49,12 @@ def _model(directory: str, name: str) -> Model:
             hint=f"seal it as models/{name}/1/saved_model.pb",
         )
     return Model(name=name, versions=tuple(versions))
+
+
+def _directories(path: str) -> list[str]:
+    """Return the names of those in a directory: a block of it may be wrong, or unreadable."""
+    with as_host_error("list", path), os.scandir(path) as entries:
+        return [entry.name for entry in entries if entry.is_dir()]
 
 
 def read_certificate(mount_point: str) -> bytes:

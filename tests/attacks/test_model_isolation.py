@@ -30,7 +30,8 @@ from tdxd.guest.handover import ServedVolume
 from tdxd.guest.listener import listen_tcp
 from tdxd.guest.server import ModelServer
 from tdxd.guest.server_program import ServerPrograms
-from tdxd.guest.server_start import start_server
+from tdxd.guest.server_start import offered_by, start_server
+from tdxd.guest.volume_reader import VolumeReader
 from tdxd.host import landlock, mount, proc
 from tests.certificates import self_signed
 from tests.contract.fronts import PREDICT, Running
@@ -138,7 +139,7 @@ async def _start(
         program=program,
         runtime_dir=str(runtime),
         slot="a",
-        volumes=(volume,),
+        offered=await offered_by((volume,), VolumeReader()),
     )
     with trio.fail_after(START_S):
         while not server.ready:

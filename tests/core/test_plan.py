@@ -737,6 +737,39 @@ def test_in_place_nothing_is_taken_away_while_a_failure_stands() -> None:
     assert plan.plan_serving(IN_PLACE, seen, NOW).action == Wait(NOW + 5)
 
 
+@given(servings(), GOALS)
+def test_a_front_that_ended_comes_back_on_any_ready_server(
+    seen: ServingSeen, goal: ServingGoal
+) -> None:
+    """A new server may take minutes to load, or never start: the old one is there."""
+    old = ServerSeen(slot="a", models_key="m0", ready=True)
+    rest = (dataclasses.replace(one, revoked=False) for one in seen.servers[:1])
+    new = tuple(one for one in rest if one.slot == "b")
+    gone = dataclasses.replace(
+        seen, servers=(old, *new), front_key=None, front_revoked=False, active=None
+    )
+    step = plan.plan_serving(goal, gone, NOW)
+    assert isinstance(step.action, plan.StartFront)
+    (target,) = (one for one in gone.servers if one.slot == step.action.slot)
+    assert target.ready
+    paused = dataclasses.replace(gone, failure=failure(NotReadyError("x")))
+    while isinstance(
+        action := plan.plan_serving(goal, paused, NOW).action, plan.PollReady
+    ):
+        paused = do_serving(paused, action, goal)  # it is not forgotten meanwhile
+    assert action == Wait(NOW + 5)
+
+
+def test_no_front_starts_on_a_server_that_must_go_or_has_drained() -> None:
+    old = ServerSeen(slot="a", models_key="m0", ready=True, drained=True)
+    new = ServerSeen(slot="b", models_key="m1")
+    seen = ServingSeen(servers=(old, new))
+    assert plan.plan_serving(GOAL, seen, NOW).action == plan.PollReady("b")
+    bad = dataclasses.replace(old, drained=False, revoked=True)
+    seen = ServingSeen(servers=(bad, new))
+    assert plan.plan_serving(GOAL, seen, NOW).action == plan.StopServer("a")
+
+
 def test_serving_failed_for_good_waits_for_an_operator() -> None:
     seen = ServingSeen(failure=failure(IntegrityError("x")))
     assert plan.plan_serving(GOAL, seen, NOW).state is ServingState.FAILED

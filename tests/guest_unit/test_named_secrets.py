@@ -177,6 +177,35 @@ def run() -> Callable[[Callable[[], Awaitable[None]]], None]:
     return on_mock_clock
 
 
+def test_an_answer_for_what_is_configured_no_more_is_not_kept(server, run):
+    """It came in the moment in which the reload took the name away."""
+
+    async def main() -> None:
+        async with running(server) as world:
+            await world.settled()
+            came, ask = trio.Event(), world.attester.secret
+
+            async def late(secret_id: str) -> LeasedSecret:
+                got = await ask(secret_id)
+                world.config = config(tls=None)
+                world.changes.ring()
+                with trio.CancelScope(shield=True):
+                    while secret_id in world.secrets._asked:
+                        await trio.lowlevel.checkpoint()
+                came.set()
+                return got
+
+            world.attester.secret = late  # type: ignore[method-assign]
+            server.held["web"] = (2, CONTENT + b"2")
+            world.secrets.ask_now()
+            await came.wait()
+            await trio.sleep(1)
+            assert all(one.fd < 0 for one in world.secrets.hand_over())
+            assert all(one.bundle.secret.wiped for one in server.given)
+
+    run(main)
+
+
 def test_it_is_asked_for_at_the_start_and_lies_in_sealed_memory(server, run):
     async def main() -> None:
         async with running(server) as world:

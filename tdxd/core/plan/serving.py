@@ -186,13 +186,24 @@ def plan_serving(
     if goal.models_key is None:
         return _make_way(seen)
     paused = _paused(seen.failure, now_s)
+    there = _meanwhile(server, seen) if seen.front_key is None else None
+    if there is not None and paused is None:
+        return ServingPlan(ServingState.STARTING, StartFront(there.slot))
     if server is None:
         return paused or _make_room(goal, seen)
     if not server.ready:
         return ServingPlan(ServingState.STARTING, PollReady(server.slot))
-    if seen.front_key is None:
-        return paused or ServingPlan(ServingState.STARTING, StartFront(server.slot))
+    if paused is not None and seen.front_key is None:
+        return paused
     return _settle(goal, seen, server, now_s)
+
+
+def _meanwhile(server: ServerSeen | None, seen: ServingSeen) -> ServerSeen | None:
+    """Return what a front that is missing can route to now: the goal's server, or another."""
+    if server is not None and server.ready:
+        return server
+    able = (one for one in seen.servers if one.ready and not one.drained)
+    return next((one for one in able if not one.revoked), None)
 
 
 def _cut_off(
