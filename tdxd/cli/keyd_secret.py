@@ -20,6 +20,7 @@ from tdxd.cli.keyd_verbs import (
 if TYPE_CHECKING:
     from tdxd.core.named_secret import Content
     from tdxd.owner.secret_content import Checked
+    from tdxd.owner.store.rows import GenerationRow
 
 __all__ = ["add_secret_verbs"]
 
@@ -88,9 +89,7 @@ def _put(options: argparse.Namespace) -> int:
         )
     for text in checked.warnings:
         warn(text)
-    version = _policy_version(options)
-    if not version:
-        warn(f"{options.id} has no policy, so nobody gets it: tdx-keyd policy set")
+    version = _look_at_policy(options, row)
     if options.json:
         made = {"id": row.volume_id, "generation": row.generation, "content": content}
         return print_json({**made, "policy_version": version})
@@ -133,12 +132,32 @@ def _read(path: Path, content: Content) -> bytes:
     return read_bytes(path)
 
 
-def _policy_version(options: argparse.Namespace) -> int | None:
+def _look_at_policy(options: argparse.Namespace, put: GenerationRow) -> int | None:
+    """Return the version of the policy that stands, and warn if it is not what one expects."""
+    from tdxd.core.policy import parse_policy
     from tdxd.owner.store.store import Store
 
+    name = options.id
     with Store.open(options.store) as store:
-        row = store.policy(options.id)
-    return row.version if row else None
+        row = store.policy(name)
+        present = [one.generation for one in store.generations(name)]
+    if row is None:
+        warn(f"{name} has no policy, so nobody gets it: tdx-keyd policy set")
+        return None
+    began_anew = put.generation > 1 and present == [put.generation]
+    if began_anew and not (options.policy or options.like):
+        warn(
+            f"{name} was removed before, and its policy of then (version {row.version}) stands: "
+            "tdx-keyd policy show"
+        )
+    served = parse_policy(row.text).release.generations.of(present)
+    if served[:1] != (put.generation,):
+        which = f"generation {served[0]}" if served else "none"
+        warn(
+            f"the policy of {name} lists generations, and releases {which}: "
+            "tdx-keyd policy set"
+        )
+    return row.version
 
 
 def _list(options: argparse.Namespace) -> int:

@@ -38,6 +38,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--check-config", action="store_true", help="read the configuration and exit"
     )
+    parser.add_argument(
+        "--require-measured",
+        action="store_true",
+        help="refuse a configuration that nothing measures, whatever it says itself",
+    )
     parser.add_argument("--check-handover", type=int, help=argparse.SUPPRESS)
     parser.add_argument(
         "--sweep",
@@ -45,6 +50,11 @@ def _parser() -> argparse.ArgumentParser:
         help="close what a killed daemon left open, and exit",
     )
     parser.add_argument("--version", action="version", version=f"tdxd {__version__}")
+    _add_verbs(parser)
+    return parser
+
+
+def _add_verbs(parser: argparse.ArgumentParser) -> None:
     verbs = parser.add_subparsers(dest="verb", metavar="")
     digest = verbs.add_parser(
         "config-digest", help="print what MRCONFIGID must be for this configuration"
@@ -65,7 +75,6 @@ def _parser() -> argparse.ArgumentParser:
         "--config", default=argparse.SUPPRESS, metavar="FILE", help="the configuration"
     )
     doctor.add_argument("--json", action="store_true", help="print JSON")
-    return parser
 
 
 def _main(argv: Sequence[str]) -> int:
@@ -86,7 +95,7 @@ def _main(argv: Sequence[str]) -> int:
     if args.sweep:  # whatever the configuration is now, what was opened must not stay
         _sweep()
         return 0
-    load = partial(_load, args.config)
+    load = partial(_load, args.config, always=args.require_measured)
     loaded = load()
     app.check_machine(loaded.config)
     if args.check_handover is not None:
@@ -96,12 +105,13 @@ def _main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _load(path: str) -> LoadedConfig:
+def _load(path: str, *, always: bool) -> LoadedConfig:
     """Read the configuration.
 
-    Raises: ConfigError, also if nothing measures it and it does not say that it need not be.
+    Raises: ConfigError, also if nothing measures it and that is not accepted.
     """
-    return config_files.require_trust(config_files.load_config(path))
+    loaded = config_files.load_config(path)
+    return config_files.require_trust(loaded, always=always)
 
 
 def _doctor(args: argparse.Namespace) -> int:

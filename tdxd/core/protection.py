@@ -21,18 +21,17 @@ __all__ = [
 ]
 
 _SHELLS = {
-    *("systemd.debug_shell", "systemd.debug-shell", "rd.systemd.debug_shell"),
-    *("rd.shell", "rd.break", "break", "single", "rescue", "emergency"),
-    *("rd.rescue", "rd.emergency", "SYSTEMD_SULOGIN_FORCE"),
+    *("systemd.debug_shell", "rd.systemd.debug_shell", "rd.shell", "rd.break"),
+    *("break", "single", "s", "S", "1", "-s", "rescue", "rd.rescue"),
+    *("emergency", "-b", "rd.emergency", "SYSTEMD_SULOGIN_FORCE"),
 }
-"""Words of the command line that open a shell.
+"""Words of the command line that open a shell; systemd takes - and _ in them for the same.
 
-Source: kernel-command-line(7), systemd-debug-generator(8), dracut.cmdline(7), initramfs-tools(7).
+Source: kernel-command-line(7), systemd-debug-generator(8), dracut.cmdline(7), initramfs-tools(7);
+systemd, src/basic/proc-cmdline.c and runlevel_to_target: what stands behind "--" is read, too.
 """
-_SHELL_VALUES = {
-    *("systemd.unit=rescue.target", "systemd.unit=emergency.target"),
-    *("rd.systemd.unit=rescue.target", "rd.systemd.unit=emergency.target"),
-}
+_UNIT_WORDS = ("systemd.unit", "systemd.wants")
+_SHELL_UNITS = {"rescue", "emergency", "debug-shell"}
 _OFF = {"0", "no", "off", "false", "n", "f"}
 _IMAGE_HINT = "boot the measured guest image: docs/guest-image.md"
 _NO_LOCKDOWN = ("none", "")
@@ -100,15 +99,17 @@ def quotes_elsewhere(platform: PlatformConfig) -> bool:
 
 def opens_a_shell(command_line: str) -> tuple[str, ...]:
     """Return the words of a kernel's command line that open a shell to who has the console."""
-    words = command_line.split(" -- ", maxsplit=1)[0].split()
-    return tuple(word for word in words if _is_shell(word))
+    return tuple(word for word in command_line.split() if _is_shell(word))
 
 
 def _is_shell(word: str) -> bool:
-    name, _, value = word.partition("=")
+    name, _, value = word.replace('"', "").partition("=")
     if name in ("init", "rdinit"):
         return value.endswith("sh")
-    return word in _SHELL_VALUES or (name in _SHELLS and value.lower() not in _OFF)
+    alike = name.replace("-", "_") if "." in name else name
+    if alike.removeprefix("rd.") in _UNIT_WORDS:
+        return value.rpartition(".")[0] in _SHELL_UNITS
+    return alike in _SHELLS and value.lower() not in _OFF
 
 
 def _tdx(observed: Observed, platform: PlatformConfig) -> Protection:

@@ -19,11 +19,16 @@ from cryptography.hazmat.primitives.serialization import (
 
 from tdxd.errors import DataError
 
-__all__ = ["authorities", "blocks", "server_certificate"]
+__all__ = ["authorities", "blocks", "parts", "server_certificate"]
 
 _BLOCK = re.compile(
-    rb"-----BEGIN ([A-Z0-9 ]+)-----[^-]+-----END \1-----", flags=re.ASCII
+    rb"(?:^|(?<=\A\xef\xbb\xbf))-----BEGIN ([A-Z0-9 ]+)-----[ \t]*\r?\n"
+    rb"(?:(?!-----)[^\n]*\n)*-----END \1-----[ \t]*\r?$",
+    flags=re.ASCII | re.MULTILINE,
 )
+"""Each mark is a line of its own: OpenSSL, so HAProxy, reads no other, though parsers do; a
+byte order mark before the first is skipped."""
+_MARK = b"-----BEGIN "
 _ERRORS = (
     ValueError,
     TypeError,
@@ -31,6 +36,18 @@ _ERRORS = (
     UnsupportedAlgorithm,
     x509.InvalidVersion,
 )
+
+
+def parts(pem: bytes) -> list[tuple[bytes, bytes]]:
+    """Return label and text of each encapsulated block; text around them is left alone.
+
+    Raises: DataError if one is damaged, or begins or ends within a line.
+    """
+    found = [(one[1], one[0]) for one in _BLOCK.finditer(pem)]
+    if len(found) != pem.count(_MARK):
+        text = "a block of the PEM file is damaged, or shares a line with another"
+        raise DataError(text)
+    return found
 
 
 def blocks(pem: bytes) -> bytes:
@@ -46,7 +63,7 @@ def server_certificate(pem: bytes) -> str:
     Raises: DataError if there is none, or no private key in the clear that belongs to it.
     """
     leaf = _certificates(pem)[0]
-    keys = [one[0] for one in _BLOCK.finditer(pem) if one[1].endswith(b"PRIVATE KEY")]
+    keys = [text for label, text in parts(pem) if label.endswith(b"PRIVATE KEY")]
     if len(keys) != 1:
         raise DataError(f"the PEM file has {len(keys)} private keys, not 1")
     try:
@@ -68,6 +85,7 @@ def authorities(pem: bytes) -> int:
 
 
 def _certificates(pem: bytes) -> list[x509.Certificate]:
+    parts(pem)
     try:
         return x509.load_pem_x509_certificates(pem)
     except _ERRORS:

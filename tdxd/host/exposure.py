@@ -7,6 +7,7 @@ test show another machine.
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -32,6 +33,17 @@ _LOGIN_UNIT = re.compile(
     r"(?:(?:serial-|container-)?getty@.*|console-getty|sshd?(?:@.*)?|dropbear"
     r"|debug-shell|rescue|emergency)\.service|session-.*\.scope"
 )
+_LOGIN_SOCKETS = (
+    "run/systemd/generator/sshd-vsock.socket",
+    "etc/systemd/system/sockets.target.wants/ssh.socket",
+    "etc/systemd/system/sockets.target.wants/sshd.socket",
+)
+"""By which systemd starts sshd only once somebody knocks.
+
+The first it makes by itself from version 256 on, in every virtual machine with sshd: for the host.
+Source: systemd-ssh-generator(8).
+"""
+_UNIT_LINKS = ("etc/systemd/system", "run/systemd/system")
 _LOGIN_PROGRAMS = {"agetty", "getty", "login", "sshd", "dropbear", "telnetd"}
 _UNITS = (
     "system.slice/*.service",
@@ -54,7 +66,7 @@ def observe(root: str = "/") -> Observed:
         root=_root(place, command_line),
         command_line=_text(command_line).strip(),
         swap=machine.swap_areas(str(place / "proc/swaps")),
-        logins=_login_units(place) or _login_programs(place),
+        logins=(*_login_sockets(place), *_running_logins(place)),
         ports=_ports(place),
         agents=_agents(place),
         lockdown=_lockdown(place),
@@ -83,6 +95,26 @@ def _root(place: Path, command_line: Path) -> RootFact:
         devices=str(place / "sys/dev/block"),
     )
     return RootFact(kind, writable, measured)
+
+
+def _login_sockets(place: Path) -> tuple[str, ...]:
+    """Return the sockets that are enabled and start sshd; masked ones do not listen."""
+    there = [Path(path).name for path in _LOGIN_SOCKETS if (place / path).exists()]
+    return tuple(
+        name
+        for name in there
+        if not any(_is_masked(place / link / name) for link in _UNIT_LINKS)
+    )
+
+
+def _is_masked(unit: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return os.readlink(unit) == os.devnull
+    return False
+
+
+def _running_logins(place: Path) -> tuple[str, ...]:
+    return _login_units(place) or _login_programs(place)
 
 
 def _login_units(place: Path) -> tuple[str, ...]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import datetime as dt
 import itertools
-import re
 from typing import cast
 
 from cryptography import x509
@@ -25,10 +24,6 @@ from tdxd.errors import DataError
 
 __all__ = ["Checked", "check_content"]
 
-_BLOCK = re.compile(
-    rb"-----BEGIN ([A-Z0-9 ]{1,40})-----\s.*?-----END \1-----", re.DOTALL
-)
-_MARK = b"-----BEGIN "
 _CERTIFICATE = b"CERTIFICATE"
 _ENCRYPTED = b"ENCRYPTED PRIVATE KEY"
 _LEGACY = b"Proc-Type: 4,ENCRYPTED"
@@ -173,9 +168,13 @@ def _blocks(data: bytes, source: str) -> list[tuple[bytes, bytes]]:
 
     Raises: DataError.
     """
-    found = [(one[1], one[0]) for one in _BLOCK.finditer(data)]
-    if not found or len(found) != data.count(_MARK):
-        raise DataError(f"{source}: not PEM, or damaged", hint="-----BEGIN CERTIFICATE")
+    try:
+        found = tls_pem.parts(data)
+    except DataError:
+        found = []
+    if not found:
+        hint = "each -----BEGIN … and -----END … is a line of its own"
+        raise DataError(f"{source}: not PEM, or damaged", hint=hint)
     for label, _ in found:
         known = label == _CERTIFICATE or label.endswith(b"PRIVATE KEY")
         if not known and label not in _PARAMETERS:

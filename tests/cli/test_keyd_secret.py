@@ -126,6 +126,34 @@ def test_without_a_policy_it_says_so(secret):
     )
 
 
+def test_a_policy_of_what_had_the_id_before_is_told(
+    secret, store, keyd, tmp_path, policy
+):
+    """The policy of something that was removed stands: it may be looser than one thinks."""
+    keyd("add", store, bundle_file(tmp_path), "--policy", policy)
+    keyd("remove", store, "v")
+    code, out, err = secret("put", "v", "--file", "-", stdin=b"x")
+    assert (code, out) == (0, "put v generation 2: 1 bytes\n")
+    assert "v was removed before, and its policy of then (version 1) stands" in err
+    assert secret("put", "v", "--file", "-", stdin=b"y")[2] == ""
+    keyd("remove", store, "v")
+    argv = ("put", "v", "--file", "-", "--policy", policy)
+    assert secret(*argv, stdin=b"z")[2] == ""
+
+
+def test_a_policy_that_releases_another_generation_is_told(
+    secret, store, keyd, tmp_path, policy
+):
+    listing = tmp_path / "listing.toml"
+    listing.write_text(policy.read_text() + "\n[release]\ngenerations = [2]\n")
+    keyd("add", store, bundle_file(tmp_path), "--policy", listing)
+    argv = ("put", "words", "--file", "-")
+    err = secret(*argv, "--like", "v", stdin=b"x")[2]
+    assert "policy of words lists generations, and releases none" in err
+    assert secret(*argv, stdin=b"y")[2] == ""
+    assert "releases generation 2" in secret(*argv, stdin=b"z")[2]
+
+
 def test_others_may_read_the_file(secret, pem, policy):
     pem.chmod(0o644)
     _, _, err = secret("put", "web", "--tls-pem", pem, "--policy", policy)

@@ -198,7 +198,9 @@ def test_policy_verbs(keyd, store, tmp_path, policy):
     assert keyd("policy", "set", store, "v", policy) == "policy of v is now version 1\n"
     assert keyd("policy", "show", store, "v") == policy.read_text()
     assert keyd("policy", "check", policy).startswith(f"{policy}: valid, ")
-    assert "no volume or secret 'w'" in keyd("policy", "set", store, "w", policy, code=65)
+    assert "no volume or secret 'w'" in keyd(
+        "policy", "set", store, "w", policy, code=65
+    )
 
 
 def test_verbs_on_a_directory_that_is_no_store(keyd, tmp_path):

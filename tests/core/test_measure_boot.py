@@ -65,6 +65,7 @@ def test_what_each_program_measures_is_found_in_it():
     none = parse_uki(make_uki(kernel=make_kernel(tags=False)))
     assert not none.kernel_measures_options
     assert not none.kernel_measures_initrd
+    assert parse_uki(make_uki(version="255 \x1b]0;x\x07")).version_text.isprintable()
     silent = prediction(kernel=make_kernel(cc=True, tags=False))
     assert silent.value(2) == bytes(48)
     assert len(silent.remarks) == 2
@@ -176,6 +177,21 @@ def test_a_stub_that_is_not_known_yet():
     assert found.value(1) is None
     assert "without firmware" in found.unknown(1)[0].why
     assert compare(found, boot_of(found)).agrees
+
+
+def test_a_kernel_that_firmware_may_not_load_is_this_one_or_none():
+    """From 258 on the stub may start it: that is no reason to take another program there."""
+    found = prediction(version="300", cc=True)
+    log = boot_of(found)
+    kernel = [n for n, one in enumerate(log) if one.type == BOOT_APPLICATION][1]
+    without = [*log[:kernel], *log[kernel + 1 :]]
+    assert compare(found, without).agrees
+    evil = dataclasses.replace(log[kernel], digest=sha384(b"evil"))
+    for more in ([evil], [log[kernel], evil], [evil, log[kernel]], [log[kernel]] * 2):
+        (row,) = compare(found, [*log[:kernel], *more, *log[kernel + 1 :]]).differences
+        assert row.verdict == "extra"
+        assert "a program" in row.note
+    assert found.value(1) is None
 
 
 def test_a_new_stub_hides_the_initrd_from_the_computation():

@@ -45,6 +45,16 @@ def test_the_digest_leaves_out_checksum_and_certificate_entry(plus, directories_
     assert digest(data) == sha384(by_hand)
 
 
+def test_sections_that_take_all_memory_together():
+    """Some kilobytes would become some 96 GiB."""
+    data = bytearray(make_pe({f".s{n}": b"x" for n in range(3)}))
+    table = 64 + 24 + 240
+    for n in range(3):
+        struct.pack_into("<I", data, table + 40 * n + 8, 600 << 20)
+    with pytest.raises(DataError, match=f"take {3 * (600 << 20)} bytes of memory"):
+        parse_pe(bytes(data))
+
+
 def test_an_image_without_room_for_certificates():
     data = make_pe(SECTIONS, directories=4)
     assert digest(data) == sha384(data[:CHECKSUM_AT] + data[CHECKSUM_AT + 4 :])
@@ -123,7 +133,7 @@ BAD_PE = {
     "long headers": (edited(SIGNED, 64 + 24 + 60, 0x7FFFFFFF), "its headers are"),
     "short headers": (edited(SIGNED, 64 + 24 + 60, 100), "its headers are"),
     "section outside": (edited(SIGNED, TABLE + 20, 0x7FFFFFF0), "needs 1536 bytes"),
-    "huge memory": (edited(SIGNED, TABLE + 8, 0xFFFFFFFF), "takes 4294967295"),
+    "huge memory": (edited(SIGNED, TABLE + 8, 0xFFFFFFFF), "take 4294967323 bytes"),
     "overlap": (
         edited(SIGNED, TABLE + 16, len(SIGNED) - 2048),
         "overlap|not at the end",

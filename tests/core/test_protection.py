@@ -134,17 +134,22 @@ def test_ports_of_what_is_not_configured_are_strange() -> None:
         *("systemd.debug_shell", "systemd.debug-shell=1", "rd.break=pre-mount"),
         *("init=/bin/sh", "rdinit=/usr/bin/bash", "single", "rd.shell=true"),
         *("systemd.unit=rescue.target", "emergency", "SYSTEMD_SULOGIN_FORCE=1"),
+        *("s", "S", "1", "-s", "-b", 'systemd.debug_shell="1"'),
+        *("rd.systemd.debug-shell", "systemd.wants=debug-shell.service"),
+        *("rd.systemd.unit=emergency.target", "-- single", "-- systemd.debug_shell"),
     ],
 )
 def test_words_that_open_a_shell(word: str) -> None:
-    assert opens_a_shell(f"BOOT_IMAGE=/vmlinuz {word} quiet") == (word,)
+    """Also behind "--": systemd reads the whole line."""
+    found = opens_a_shell(f"BOOT_IMAGE=/vmlinuz {word} quiet")
+    assert found == (word.removeprefix("-- "),)
 
 
 @pytest.mark.parametrize(
     "word",
     [
         *("rd.shell=0", "systemd.debug_shell=no", "init=/usr/lib/systemd/systemd"),
-        *("console=ttyS0", "systemd.unit=multi-user.target", "shell", "-- single"),
+        *("console=ttyS0", "systemd.unit=multi-user.target", "shell", "S1"),
         "x=single",
     ],
 )

@@ -28,10 +28,14 @@ from tdxd.core.config import parse_config
 from tdxd.core.foreign import (
     ForeignManifest,
     PassphraseBundle,
-    parse_any_bundle,
-    parse_any_manifest,
 )
 from tdxd.core.luks2 import read_header
+from tdxd.core.named_secret import (
+    NamedSecret,
+    SecretManifest,
+    parse_released_bundle,
+    parse_released_manifest,
+)
 from tdxd.core.policy import parse_policy
 from tdxd.core.secret import Secret
 from tdxd.errors import (
@@ -136,12 +140,12 @@ def _config(data: bytes) -> None:
 
 def _manifest(data: bytes) -> None:
     with contextlib.suppress(DataError):
-        assert parse_any_manifest(data).encode() == data
+        assert parse_released_manifest(data).encode() == data
 
 
 def _bundle(data: bytes) -> None:
     with contextlib.suppress(DataError):
-        assert parse_any_bundle(data).encode() == data
+        assert parse_released_bundle(data).encode() == data
 
 
 def _answer(data: bytes) -> None:
@@ -177,6 +181,7 @@ _MANIFEST = Manifest(
     salt=bytes(32),
 )
 _FOREIGN = ForeignManifest(volume_id="digits", generation=1, header_sha256=bytes(32))
+_NAMED = SecretManifest(volume_id="digits", generation=1, content="file")
 _CLAIMS = keyrelease.TokenClaims(nonce=bytes(32), expiry_s=1, deployment=bytes(16))
 _EVIDENCE = endpoint_proof.EndpointEvidence(
     key_sha256=bytes(32), quote=b"q", event_log=b"", runtime_log=b"r"
@@ -243,12 +248,16 @@ TARGETS = {
     ),
     "policy": Target(run=_policy, seeds=(_POLICY,)),
     "config": Target(run=_config, seeds=(_CONFIG,)),
-    "manifest": Target(run=_manifest, seeds=(_MANIFEST.encode(), _FOREIGN.encode())),
+    "manifest": Target(
+        run=_manifest,
+        seeds=(_MANIFEST.encode(), _FOREIGN.encode(), _NAMED.encode()),
+    ),
     "bundle": Target(
         run=_bundle,
         seeds=(
             KeyBundle(manifest=_MANIFEST, secret=Secret(bytes(64))).encode(),
             PassphraseBundle(manifest=_FOREIGN, secret=Secret(b"x")).encode(),
+            NamedSecret(manifest=_NAMED, secret=Secret(b"x")).encode(),
         ),
         runs=50_000,
     ),

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -65,6 +65,21 @@ def test_a_plain_distribution_is_seen_as_it_is(tmp_path: Path) -> None:
         agents=("qemu-guest-agent", "cloud-init"),
         lockdown="none",
     )
+
+
+def test_sshd_that_waits_behind_a_socket(tmp_path: Path) -> None:
+    """No unit runs, and by vsock no port listens: systemd starts sshd when somebody knocks."""
+    name = "sshd-vsock.socket"
+    write(tmp_path, f"run/systemd/generator/{name}", "[Socket]\n")
+    assert observe(str(tmp_path)).logins == (name,)
+    mask = tmp_path / "etc/systemd/system" / name
+    write(tmp_path, f"etc/systemd/system/{name}")
+    assert observe(str(tmp_path)).logins == (name,)
+    mask.unlink()
+    mask.symlink_to("/dev/null")
+    assert observe(str(tmp_path)).logins == ()
+    write(tmp_path, "etc/systemd/system/sockets.target.wants/ssh.socket")
+    assert observe(str(tmp_path)).logins == ("ssh.socket",)
 
 
 def test_a_flag_is_a_word_of_its_own(tmp_path: Path) -> None:
@@ -143,9 +158,12 @@ def test_a_login_that_runs_here_is_seen(tmp_path: Path) -> None:
     program = tmp_path / "agetty"
     program.symlink_to("/bin/sleep")
     before = observe().logins
+    until_s = time.monotonic() + 10
     with subprocess.Popen([program, "60"]) as running:
+        name = Path(f"/proc/{running.pid}/comm")
         try:
-            os.kill(running.pid, 0)
+            while time.monotonic() < until_s and name.read_text() != "agetty\n":
+                time.sleep(0.01)  # the kernel names it a moment after exec succeeded
             seen = observe().logins
         finally:
             running.kill()

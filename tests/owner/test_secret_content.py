@@ -105,6 +105,14 @@ def test_a_key_with_its_chain(data):
     assert found.warnings == ()
 
 
+@pytest.mark.parametrize("content", ["tls-pem", "client-ca"])
+def test_files_that_were_joined_without_a_line_end(content):
+    """OpenSSL reads no such file, though other parsers do: it must not show in the guest."""
+    good = KEY + CHAIN if content == "tls-pem" else pem(ROOT) + pem(BETWEEN)
+    glued = good.replace(b"-----\n-----BEGIN", b"----------BEGIN", 1)
+    assert "not PEM, or damaged" in refused(content, glued)
+
+
 def test_what_tdx_seal_makes():
     both, _ = make_server_certificate(("localhost", "127.0.0.1"))
     assert "CN=localhost" in check("tls-pem", both).summary

@@ -44,7 +44,8 @@ _PCR_KERNEL, _PCR_SECTIONS = 9, 11
 class ExpectedEvent:
     """One event: `digest` is its SHA-384, or None with the reason `why` it cannot be known.
 
-    `any_number`: events of this type may stand here, none or several.
+    `any_number`: events of this type may stand here, none or several; where the digest is known,
+    none or this one.
     """
 
     register: int
@@ -68,7 +69,7 @@ class Prediction:
         return tuple(
             one
             for one in self.events
-            if one.register == register and one.digest is None
+            if one.register == register and (one.digest is None or one.any_number)
         )
 
     def value(self, register: int) -> bytes | None:
@@ -161,7 +162,7 @@ def _kernel_image(register: int, uki: Uki) -> ExpectedEvent:
         return ExpectedEvent(
             register=register,
             type=BOOT_APPLICATION,
-            digest=None,
+            digest=digest,
             meaning=meaning,
             why="systemd-stub from 258 on may start it without firmware",
             any_number=True,

@@ -157,7 +157,7 @@ def _moves(wanted: Sequence[ExpectedEvent], found: Sequence[_Found]) -> list[lis
                 (costs[at + 1] + (0 if one.any_number else 1), _MOVE_MISSING),
                 (line[at] + 1, _MOVE_EXTRA),
             ]
-            if one.any_number:
+            if one.any_number and one.digest is None:
                 options.append((line[at] + _cost(one, event), _MOVE_STAY))
             cost, move = min(options)
             line.append(cost)

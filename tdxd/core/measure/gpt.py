@@ -24,6 +24,7 @@ _ENTRY = struct.Struct("<16s16sQQQ72s")
 _SIGNATURE = b"EFI PART"
 _ENTRIES_MAX = 1024
 _ENTRY_BYTES_MAX = 4096
+_SECTORS_MAX = 1 << 50
 TABLE_MAX_BYTES = 2 << 20
 """Where the table of a sane disk ends, counted from its start."""
 _ESP = uuid.UUID("c12a7328-f81f-11d2-ba4b-00a0c93ec93b")
@@ -85,6 +86,9 @@ def _esp(entries: list[bytes], source: str) -> tuple[int, int] | None:
                 raise DataError(
                     f"{source}: its EFI system partition ends before it starts"
                 )
+            if last >= _SECTORS_MAX:
+                text = f"{source}: its EFI system partition ends at sector {last}"
+                raise DataError(text, hint="no disk is so large")
             return first * SECTOR_BYTES, (last - first + 1) * SECTOR_BYTES
     return None
 

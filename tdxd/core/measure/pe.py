@@ -28,7 +28,7 @@ _DIRECTORIES_AT = {0x10B: 96, 0x20B: 112}
 _MAX_SECTIONS = 96
 """What Windows loads at most; kernel images have about a dozen."""
 _MAX_MEMORY_BYTES = 1 << 30
-"""Of one section: its memory may be larger than its file, and is made here."""
+"""Of all sections: their memory may be larger than the file, and is made here."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,11 +56,14 @@ class PeImage:
     header_bytes: int
     sections: tuple[Section, ...]
 
+    def content_of(self, section: Section) -> bytes:
+        """Return what the file has of a section's memory."""
+        end = section.file_offset + min(section.file_bytes, section.memory_bytes)
+        return self.data[section.file_offset : end]
+
     def memory_of(self, section: Section) -> bytes:
         """Return a section as it lies in memory: cut, or filled up with zeros."""
-        end = section.file_offset + min(section.file_bytes, section.memory_bytes)
-        content = self.data[section.file_offset : end]
-        return content.ljust(section.memory_bytes, b"\0")
+        return self.content_of(section).ljust(section.memory_bytes, b"\0")
 
 
 def parse_pe(data: bytes, *, source: str = "image") -> PeImage:
@@ -153,9 +156,6 @@ def _section(reader: _Headers, offset: int) -> Section:
     )
     if section.file_bytes:
         reader.take(section.file_offset, section.file_bytes)
-    if section.memory_bytes > _MAX_MEMORY_BYTES:
-        text = f"{reader.source}: section {name!r} takes {section.memory_bytes} bytes"
-        raise DataError(text, hint=f"at most {_MAX_MEMORY_BYTES} are read")
     return section
 
 
@@ -168,6 +168,10 @@ def _check_end(image: PeImage, source: str) -> None:
         raise DataError(text, hint="sign the image again")
     if hashed > len(image.data):
         raise DataError(f"{source}: its sections overlap")
+    memory_bytes = sum(one.memory_bytes for one in image.sections)
+    if memory_bytes > _MAX_MEMORY_BYTES:
+        text = f"{source}: its sections take {memory_bytes} bytes of memory"
+        raise DataError(text, hint=f"at most {_MAX_MEMORY_BYTES} are read")
 
 
 class _Headers:

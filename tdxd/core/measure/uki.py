@@ -14,6 +14,7 @@ import re
 import uuid
 
 from tdxd.core.measure.pe import PeImage, Section, authenticode_sha384, parse_pe
+from tdxd.core.showing import shown
 from tdxd.errors import DataError
 
 __all__ = ["Uki", "parse_uki"]
@@ -68,9 +69,13 @@ class Uki:
 
     def section(self, name: str) -> bytes | None:
         """Return a section as it lies in memory, None if there is none."""
+        one = self._part(name)
+        return None if one is None else self.image.memory_of(one)
+
+    def _part(self, name: str) -> Section | None:
         for one in self.image.sections:
             if one.name == name and one.memory_bytes:
-                return self.image.memory_of(one)
+                return one
         return None
 
     @property
@@ -79,7 +84,7 @@ class Uki:
         return tuple(
             name
             for name, since in _MEASURED
-            if self.version >= since and self.section(name) is not None
+            if self.version >= since and self._part(name) is not None
         )
 
     @property
@@ -123,7 +128,8 @@ def parse_uki(data: bytes, *, source: str = "UKI") -> Uki:
     image = parse_pe(data, source=source)
     names = [one.name for one in image.sections]
     _refuse_doubles(names, source)
-    version = _VERSION.search(b"".join(_own(image)))
+    own = b"".join(_own(image))
+    version = _VERSION.search(own)
     if version is None or ".linux" not in names:
         text = f"{source} is no unified kernel image of systemd-stub"
         hint = "only a UKI that firmware starts itself can be computed; enroll others"
@@ -133,13 +139,13 @@ def parse_uki(data: bytes, *, source: str = "UKI") -> Uki:
         text = f"{source} has systemd-stub {number}, older than {_OLDEST}"
         raise DataError(text, hint="make the UKI with a newer stub")
     kernel = b"".join(
-        image.memory_of(one) for one in image.sections if one.name == ".linux"
+        image.content_of(one) for one in image.sections if one.name == ".linux"
     )
     return Uki(
         image=image,
         version=number,
-        version_text=(version[1] + version[2]).decode("ascii", "replace"),
-        stub_to_rtmr=_knows_cc(b"".join(_own(image))),
+        version_text=shown((version[1] + version[2]).decode("ascii", "replace"), 84),
+        stub_to_rtmr=_knows_cc(own),
         kernel_to_rtmr=_knows_cc(kernel),
         kernel_measures_options=_LOAD_OPTIONS in kernel,
         kernel_measures_initrd=_INITRD in kernel,
@@ -160,7 +166,7 @@ def _own(image: PeImage) -> list[bytes]:
     def is_own(section: Section) -> bool:
         return section.name not in _PARTS
 
-    return [image.memory_of(one) for one in image.sections if is_own(one)]
+    return [image.content_of(one) for one in image.sections if is_own(one)]
 
 
 def _knows_cc(program: bytes) -> bool:

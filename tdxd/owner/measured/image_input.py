@@ -82,8 +82,8 @@ def _by_facts(path: Path, text: bytes) -> BootImage:
         name = part.get("file") if isinstance(part, dict) else None
         if not isinstance(name, str) or os.path.basename(name) != name or not name:
             continue
-        beside = path.with_name(name)
-        if beside.exists():
+        beside = path.parent / name
+        if os.path.exists(beside):  # no error for what can be no name
             _check_sha256(beside, part.get("sha256"), path)
             return _uki_or_disk(beside)
     hint = "keep the .json beside the .raw or .efi that it describes"
