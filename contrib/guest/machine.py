@@ -23,7 +23,7 @@ __all__ = ["Machine"]
 FORWARD = Path(__file__).with_name("forward.py")
 FRONT_PORT, HEALTH_PORT, KEY_PORT = 8500, 9640, 50051
 KEY_ADDRESS = "10.0.2.100"
-BOOT_S = 180.0
+BOOT_S = 300.0
 LIFE_S = 1800.0
 """Longest time between power on and off; then it is killed, whatever it does."""
 # Without the string instructions, by which the kernel clears and copies pages (erms here, rep_good
@@ -65,6 +65,7 @@ class Machine:
         self._agent: Agent | None = None
         self._qmp: Qmp | None = None
         directory.mkdir()
+        self.root_format = "qcow2"
         self.root = Disk(name="root", path=directory / "root.qcow2")
         backing = ["-b", str(image.root), "-F", "raw"]
         subprocess.run(
@@ -251,10 +252,9 @@ class Machine:
         """Return what switches it on."""
         return [
             *("qemu-system-x86_64", "-no-user-config", "-nodefaults", "-no-reboot"),
-            *("-machine", "pc,hpet=off", "-accel", "tcg,thread=multi", "-cpu", CPU),
+            *("-machine", "pc,hpet=off", "-accel", "tcg,thread=multi"),
             *("-smp", "2", "-m", f"{self.memory_mib}M", "-display", "none", "-S"),
-            *("-kernel", str(self.image.kernel), "-initrd", str(self.image.initrd)),
-            *("-append", f"{APPEND} {self.append}".strip()),
+            *self.booted_by(),
             *("-chardev", f"file,id=serial,path={self.serial_log},append=on"),
             *("-serial", "chardev:serial"),
             *("-qmp", f"unix:{self.directory}/qmp,server=on,wait=off"),
@@ -266,9 +266,17 @@ class Machine:
             *("-device", "virtserialport,chardev=agent,name=org.qemu.guest_agent.0"),
             *("-device", "virtio-rng-pci"),
             *self._network(),
-            *self._drive(self.root, "qcow2"),
+            *self._drive(self.root, self.root_format),
             *(word for disk in self.disks for word in self._drive(disk, "raw")),
             *self.options,
+        ]
+
+    def booted_by(self) -> list[str]:
+        """Return the processor, and what it runs first."""
+        return [
+            *("-cpu", CPU),
+            *("-kernel", str(self.image.kernel), "-initrd", str(self.image.initrd)),
+            *("-append", f"{APPEND} {self.append}".strip()),
         ]
 
     def _network(self) -> list[str]:
