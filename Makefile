@@ -5,8 +5,9 @@ PY := $(BIN)/python
 SOURCES := $(shell find tdxd -name '*.py' -o -name '*.proto')
 export PYTHONDONTWRITEBYTECODE =
 PARALLEL = --numprocesses=auto --dist=loadscope
+GUESTS = --numprocesses=2 --dist=loadscope
 
-.PHONY: demo demo-guest check test test-guest bench lint fuzz deb guest setup clean
+.PHONY: demo demo-guest check test test-guest bench lint fuzz deb guest guest-image setup clean
 
 demo: $(VENV)/.installed
 	$(PY) contrib/demo/demo.py
@@ -16,19 +17,20 @@ demo-guest: deb
 	$(PY) -m contrib.demo.demo_guest
 
 # Everything: static checks, tests on all processors, attacks, then the booted guest. TensorFlow's tests
-# run in a process of their own, since tests without it load its message files through an empty package
+# run in processes of their own, since tests without it load its message files through an empty package
 # object. Coverage is of the tests' processes: programs that they start, and the guest, are not followed.
 COVERED = --cov=tdxd --cov-report=
 test: lint deb
 	rm -f .coverage .coverage.*
 	$(PY) -m pytest $(PARALLEL) $(COVERED) -m "not tensorflow and not guest"
-	$(PY) -m pytest $(COVERED) --cov-append -m "tensorflow and not guest"
+	$(PY) -m pytest $(PARALLEL) $(COVERED) --cov-append -m "tensorflow and not guest"
 	$(PY) -m coverage report --skip-covered --fail-under=82
-	$(PY) -m pytest -m guest tests/guest
+	$(PY) -m pytest $(GUESTS) -m guest tests/guest
 
-# What needs a real kernel and systemd: boots a virtual machine, one at a time, emulated in software.
+# What needs a real kernel and systemd: boots virtual machines, emulated in software. Each of two
+# processes has one at a time.
 test-guest: deb
-	$(PY) -m pytest -m guest tests/guest
+	$(PY) -m pytest $(GUESTS) -m guest tests/guest
 
 # The fast subset, for the inner loop.
 check: lint
@@ -60,6 +62,11 @@ deb: $(VENV)/.installed
 # What the guest tests boot, below .cache/guest.
 guest: deb
 	$(PY) -m contrib.guest.build_image
+
+# The measured image that a cloud boots, in build/guest-image. CONFIG=DIRECTORY becomes its /etc/tdxd;
+# PACKAGE=FILE is installed, too: build/deb/tdxd-model-server_*.deb, or TensorFlow Serving's.
+guest-image: deb
+	$(PY) -m contrib.guest.image.build $(if $(CONFIG),--config $(CONFIG)) $(PACKAGE:%=--package %)
 
 setup: $(VENV)/.installed
 

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+from tests.guest.groups import guest_of
+
 # Deterministic: the same examples in every run; `make fuzz` looks further.
 settings.register_profile("derandomize", derandomize=True, deadline=None)
 settings.register_profile("fuzz", max_examples=20_000, deadline=None)
@@ -26,15 +28,17 @@ MACHINE = tuple(
 
 @pytest.hookimpl(optionalhook=True)  # of the plugin that runs tests in several workers
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
-    """Give each file to one worker, and all that holds the machine's devices to one."""
+    """Give each file to one worker, and all that holds the machine's devices, or one guest."""
     from xdist.scheduler import LoadScopeScheduling
 
     def group(nodeid: str) -> str:
         file, _, _ = nodeid.partition("::")
+        if file.startswith("tests/guest/"):
+            return f"guest {guest_of(file)}"
         return "machine" if file.startswith(MACHINE) else file
 
-    scheduler = LoadScopeScheduling(config, log)
-    scheduler._split_scope = group
+    scheduler: object = LoadScopeScheduling(config, log)
+    scheduler._split_scope = group  # type: ignore[attr-defined]
     return scheduler
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from contrib.guest.cache import Inputs, made
 
-__all__ = ["base_directory"]
+__all__ = ["KEYS", "apt_options", "archives", "base_directory", "release"]
 
 # What the product's packages depend on, so that they install without a network.
 _PRODUCT = (
@@ -46,7 +46,7 @@ _HERE = Path(__file__).parent
 _SLIM = _HERE / "slim"
 _INITRAMFS_HOOK = _HERE / "initramfs-hook"
 _INITRAMFS_CONFIG = "MODULES=list\nCOMPRESS=zstd\n"
-_KEYS = "/usr/share/keyrings/debian-archive-keyring.gpg"
+KEYS = "/usr/share/keyrings/debian-archive-keyring.gpg"
 _LIMIT_S = 900.0
 
 
@@ -55,13 +55,16 @@ def base_directory() -> Path:
 
     An archive that moved on makes no new one: remove the cache to take in updates.
     """
-    inputs = Inputs("base", _release(), _PACKAGES, _LEFT_OUT, _INITRAMFS_CONFIG)
+    inputs = Inputs("base", release(), _PACKAGES, _LEFT_OUT, _INITRAMFS_CONFIG)
     inputs.files([_SLIM, _INITRAMFS_HOOK], _HERE)
     return made(inputs, _bootstrap)
 
 
-def _release() -> str:
-    """Return the code name of this machine's Debian release."""
+def release() -> str:
+    """Return the code name of this machine's Debian release.
+
+    Raises: SystemExit, on another distribution.
+    """
     lines = Path("/etc/os-release").read_text(encoding="utf-8").splitlines()
     fields = dict(line.split("=", 1) for line in lines if "=" in line)
     if fields.get("ID") != "debian":
@@ -73,7 +76,7 @@ def _release() -> str:
 
 def _bootstrap(directory: Path) -> None:
     sources = directory / "sources.list"
-    sources.write_text(_archives(_release()), encoding="utf-8")
+    sources.write_text(archives(release()), encoding="utf-8")
     config = directory / "initramfs.conf"
     config.write_text(_INITRAMFS_CONFIG, encoding="utf-8")
     tools = "$1/etc/initramfs-tools"
@@ -90,16 +93,16 @@ def _bootstrap(directory: Path) -> None:
             *("mmdebstrap", "--mode=root", "--variant=essential", "--quiet"),
             f"--include={','.join(_PACKAGES)}",
             *(f"--dpkgopt=path-exclude={pattern}" for pattern in _LEFT_OUT),
-            *(f"--aptopt={line}" for line in _apt_options()),
+            *(f"--aptopt={line}" for line in apt_options()),
             *hooks,
-            *(_release(), str(directory / "base.tar"), str(sources)),
+            *(release(), str(directory / "base.tar"), str(sources)),
         ],
         check=True,
         timeout=_LIMIT_S,
     )
 
 
-def _archives(codename: str) -> str:
+def archives(codename: str) -> str:
     """Return this machine's own archives of its release, as one-line entries.
 
     Raises: SystemExit, if there is none.
@@ -120,11 +123,11 @@ def _index_entries(codename: str) -> list[str]:
     for line in text.splitlines():
         origin, of, uri, suite, component = line.split("|")
         if origin == "Debian" and of.split("-")[0] == codename and component == "main":
-            entries.append(f"deb [signed-by={_KEYS}] {uri} {suite} {component}\n")
+            entries.append(f"deb [signed-by={KEYS}] {uri} {suite} {component}\n")
     return entries
 
 
-def _apt_options() -> list[str]:
+def apt_options() -> list[str]:
     """Return how this machine reaches its archives: proxies, and what it checks."""
     wanted = ("Acquire::http", "Acquire::Check-", "Acquire::Retries")
     lines = _output("apt-config", "dump").splitlines()

@@ -1,4 +1,8 @@
-"""One guest at a time, its world, and what it said when a test fails."""
+"""One guest at a time in each process, its world, and what it said when a test fails.
+
+Two processes run at once (`make test-guest`): an emulated guest rarely keeps more than one
+processor busy. All tests that share a guest run in one of them (`groups.py`).
+"""
 
 from __future__ import annotations
 
@@ -17,6 +21,10 @@ from contrib.guest.build_image import GuestImage, build_image, built_packages
 from contrib.guest.disk import Disk
 from contrib.guest.disks import make_ext4
 from contrib.guest.machine import Machine
+from tdxd.user.endpoint import open_channel
+from tests.guest.groups import SERVED
+from tests.guest.hostile import Hostile
+from tests.guest.measured import MeasuredGuest, measured_machine
 from tests.guest.observed import Observed
 from tests.guest.world import GuestWorld, made_world
 from tests.system.world import ROOT
@@ -45,6 +53,12 @@ class Slot:
         place = self.directory / f"machine-{self._count}"
         self.machine = Machine(place, self.image, disks=(tools, *disks), **options)
         return self.machine
+
+    def hold(self, machine: Machine) -> Machine:
+        """Take away the machine before; this one is in its place."""
+        self.clear()
+        self.machine = machine
+        return machine
 
     def shared(self, name: str, make: Callable[[], Machine]) -> Machine:
         """Take the running machine of this name, or make it."""
@@ -152,10 +166,31 @@ def served(shared: Observed) -> Observed:
 
 
 @pytest.fixture
+def hostile(served: Observed) -> Iterator[Hostile]:
+    """A model in the volume that does what a request says."""
+    with open_channel(served.world.endpoint(served.machine)) as channel:
+        yield Hostile(channel)
+
+
+@pytest.fixture
 def opened(shared: Observed) -> Observed:
     """The same guest for tests that need no model server: its start takes half a minute here."""
     shared.until_volume("mounted")
     return shared
+
+
+@pytest.fixture
+def measured(
+    slot: Slot, world: GuestWorld, keys: None, guest_image: GuestImage
+) -> MeasuredGuest:
+    """The guest of the measured test image, shared by the tests that ask for it."""
+
+    def make() -> Machine:
+        directory = slot.directory / "measured"
+        slot.clear()
+        return slot.hold(measured_machine(world, guest_image, directory))
+
+    return MeasuredGuest(slot.shared("measured", make), world)
 
 
 class Boots:
@@ -169,6 +204,7 @@ class Boots:
         *,
         clock: str = "utc",
         backoff_max_s: float = 2.0,
+        volumes: list[dict[str, Any]] | None = None,
         **delivered: Any,
     ) -> Observed:
         """Set up a guest that only opens its volume.
@@ -178,6 +214,7 @@ class Boots:
         tables = self._world.config()
         tables["key_release"]["backoff_max_s"] = backoff_max_s
         tables["serving"] = None
+        tables["volume"] = volumes or tables["volume"]
         machine = self._slot.fresh(
             self._world.delivery(**delivered, **tables),
             options=("-rtc", f"base={clock}"),
@@ -194,12 +231,35 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Bring the tests that share a guest together, and in each group those that end it last."""
     groups = ("bare", "shared", "boots")
 
-    def place(item: pytest.Item) -> tuple[int, bool]:
+    def place(item: pytest.Item) -> tuple[int, bool, int]:
         names = getattr(item, "fixturenames", ())
         group = next((n for n, one in enumerate(groups) if one in names), len(groups))
-        return group, item.get_closest_marker("ends_the_guest") is not None
+        ends = item.get_closest_marker("ends_the_guest") is not None
+        file = item.path.stem.removeprefix("test_")
+        return group, ends, SERVED.index(file) if file in SERVED else len(SERVED)
 
     items.sort(key=place)
+
+
+@pytest.fixture
+def tell(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Have a figure of this test printed at the end of the run."""
+    told = request.node.user_properties
+    return lambda text: told.append(("told", text))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    passed = terminalreporter.stats.get("passed", [])
+    told = [
+        f"{report.nodeid.rpartition('::')[2].partition('@')[0]}: {text}"
+        for report in passed
+        for name, text in getattr(report, "user_properties", ())
+        if name == "told" and report.when == "call"
+    ]
+    if told:
+        terminalreporter.section("measured in the guests")
+        for line in told:
+            terminalreporter.line(line)
 
 
 @pytest.hookimpl(wrapper=True)

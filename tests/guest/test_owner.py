@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from tests.guest.observed import Observed
@@ -52,8 +54,8 @@ def test_it_runs_sandboxed(owner: Observed) -> None:
         machine.run("systemctl stop tdx-keyd.service", timeout_s=60)
 
 
-def test_its_exposure(owner: Observed) -> None:
+def test_its_exposure(owner: Observed, tell: Callable[[str], None]) -> None:
     command = "systemd-analyze security --no-pager --threshold=13 tdx-keyd.service"
     done = owner.machine.run(command, check=False)
-    print(done.stdout.splitlines()[-1])
+    tell(done.stdout.splitlines()[-1].strip("→ "))
     assert done.code == 0, done.stdout

@@ -10,7 +10,7 @@ import base64
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -164,7 +164,7 @@ def test_a_model_server_that_crashes_tells_nothing_and_is_started_again(
 
 
 def test_a_daemon_that_crashes_tells_nothing_is_swept_and_serves_again(
-    served: Observed, searched: list[bytes]
+    served: Observed, searched: list[bytes], tell: Callable[[str], None]
 ) -> None:
     before, old = served.holdings(), served.main_pid()
     attested = len(served.events("volume.attesting"))
@@ -172,7 +172,7 @@ def test_a_daemon_that_crashes_tells_nothing_is_swept_and_serves_again(
     crash(served, searched, old)
     served.until_pid_changes(old)
     served.until_serving()
-    print(f"gap after a crash of tdxd: {time.monotonic() - crashed:.1f} s")
+    tell(f"gap after a crash of tdxd: {time.monotonic() - crashed:.1f} s")
     served.predict_ok()
     assert len(served.events("volume.attesting")) > attested
     after = served.holdings()
@@ -181,16 +181,15 @@ def test_a_daemon_that_crashes_tells_nothing_is_swept_and_serves_again(
 
 
 @pytest.mark.ends_the_guest
-def test_no_secret_on_the_disk_of_the_root_file_system(
-    served: Observed, searched: list[bytes]
-) -> None:
+def test_no_secret_on_the_disk_of_the_root_file_system(opened: Observed) -> None:
     """Last: it takes the guest's power. The delivery disk has the image, which is ciphertext."""
-    served.machine.run("sync")
-    served.machine.shut_down()
-    disks = [served.machine.root.path, served.machine.image.root]
-    disks.append(served.machine.disk("delivery").path)
+    assert opened.read_all().code == 0
+    opened.machine.run("sync")
+    opened.machine.shut_down()
+    disks = [opened.machine.root.path, opened.machine.image.root]
+    disks.append(opened.machine.disk("delivery").path)
     for disk in disks:
-        assert in_file(disk, searched) == []
+        assert in_file(disk, canaries(opened.world)) == []
 
 
 def in_file(path: Path, wanted: list[bytes]) -> list[int]:

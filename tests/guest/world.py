@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,12 +15,15 @@ from typing import Any
 from contrib.guest.disk import Disk
 from contrib.guest.disks import make_ext4
 from contrib.guest.machine import Machine
-from tests.system.world import World, ok, program, toml
+from tdxd.user.endpoint import Endpoint
+from tests.system.world import ROOT, World, ok, program, toml
 
 __all__ = ["GuestWorld", "made_world"]
 
 FRONT_NAME, KEYS_NAME = "guest.example", "keys.example"
 SPARE_BYTES = 256 * 2**20
+MEMORY_LIMIT_BYTES, CPU_LIMIT = 1536 * 2**20, 1.5
+"""Of the model server, in a guest of 3 GiB and two processors."""
 
 
 class GuestWorld(World):
@@ -30,8 +34,16 @@ class GuestWorld(World):
         self.model_canary = os.urandom(64)
         """Content of a file beside the model, sealed with it."""
 
+    def make_saved_model(self) -> None:
+        super().make_saved_model()
+        program = ROOT / "tests/attacks/hostile_model.py"
+        command = [sys.executable, str(program), str(self.directory / "hostile_model")]
+        subprocess.run(command, check=True, capture_output=True, timeout=120)
+
     def make_directory(self, name: str, *, version: str = "1") -> Path:
+        """As without a guest, and with model `hostile`, which does what a request says."""
         made = super().make_directory(name, version=version)
+        shutil.copytree(self.directory / "hostile_model", made / "models/hostile/1")
         assets = made / "models/line" / version / "assets.extra"
         assets.mkdir()
         (assets / "canary").write_bytes(self.model_canary)
@@ -51,7 +63,12 @@ class GuestWorld(World):
                 "rtmr": "/run/tdx-sim/measurements",
             },
             "volume": [{"id": "m", "image": "/srv/models/m*.img"}],
-            "serving": {"listen": "[::]:8500", "user": "tdxd-serve"},
+            "serving": {
+                "listen": "[::]:8500",
+                "user": "tdxd-serve",
+                "memory_limit_bytes": MEMORY_LIMIT_BYTES,
+                "cpu_limit": CPU_LIMIT,
+            },
             "health": {"listen": "[::]:9640"},
             "security": {"accept_unmeasured": True},
         }
@@ -88,6 +105,15 @@ class GuestWorld(World):
         make_ext4(tree, disk.path, label="delivery", spare_bytes=SPARE_BYTES)
         shutil.rmtree(tree)
         return disk
+
+    def endpoint(self, machine: Machine, *, timeout_s: float = 60) -> Endpoint:
+        """The guest's front, as its users know it."""
+        return Endpoint(
+            address=f"127.0.0.1:{machine.front_port}",
+            ca_pem=(self.directory / "ca.pem").read_bytes(),
+            server_name=FRONT_NAME,
+            timeout_s=timeout_s,
+        )
 
     def predict(
         self, machine: Machine, *more: object, rows: str = "[[1, 2, 3, 4]]"

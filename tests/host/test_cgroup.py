@@ -61,9 +61,13 @@ def test_the_kernel_enforces_them() -> None:
     there = ROOT / "cgroup.controllers"
     if not there.exists() or "memory" not in there.read_text().split():
         pytest.skip("no unified control groups with memory here")
+    switch = ROOT / "cgroup.subtree_control"
+    missing = {"cpu", "memory", "pids"} - set(switch.read_text().split())
     base = ROOT / f"tdxd-test-{os.getpid()}"
     base.mkdir()
     try:
+        # As systemd does for a unit with Delegate=.
+        switch.write_text(" ".join(f"+{one}" for one in missing))
         groups = ControlGroups(own=f"/{base.name}")
         assert groups.problem == ""
         child = subprocess.Popen(
@@ -77,3 +81,4 @@ def test_the_kernel_enforces_them() -> None:
         for group in (base / "child", base / "daemon", base):
             if group.exists():
                 group.rmdir()
+        switch.write_text(" ".join(f"-{one}" for one in missing))
