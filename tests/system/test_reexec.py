@@ -249,7 +249,7 @@ def test_what_would_not_start_is_refused(world: World, launcher: Launcher) -> No
         assert "No module named 'no_such_module'" in refused(daemon, 75)
         knows_less = "import tdxd.guest.handover as h; h.READABLE = (0, 1)"
         launcher.write(check=knows_less)
-        assert "it knows state of format 0, 1, not 3" in refused(daemon, 75)
+        assert "it knows state of format 0, 1, not 4" in refused(daemon, 75)
         launcher.path.unlink()
         assert "No such file or directory" in refused(daemon, 71)
         launcher.write(check="os.chmod(sys.argv[0], 0o644)")
@@ -400,13 +400,13 @@ def test_state_that_cannot_be_adopted(world: World, launcher: Launcher) -> None:
         before = parts(daemon)
         launcher.write(
             start="old = os.pread(STATE, 1 << 24, 0)\n"
-            "new = old.replace(b'\\xa6format\\x03', b'\\xa6format\\x04')\n"
+            "new = old.replace(b'\\xa6format\\x04', b'\\xa6format\\x05')\n"
             "assert new != old and os.pwrite(STATE, new, 0) == len(new)"
         )
         done = daemon.ctl("reexec")
         assert done.returncode == 69
         assert "was started afresh, as pid" in done.stderr
-        assert "format 4, this program knows 2, 3" in daemon.log.read_text()
+        assert "format 5, this program knows 2, 3, 4" in daemon.log.read_text()
         for pid in before["children"]:
             assert not Path(f"/proc/{pid}").exists()
         assert daemon.status()["reexecs"] == 0
