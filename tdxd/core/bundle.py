@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Callable
-from typing import Literal, TypeVar
+from typing import Literal, Self, TypeVar
 
 from tdxd.core.decode import decode, decode_canonical, encode_canonical, plain
 from tdxd.core.runs import BLOCK_BYTES
@@ -23,9 +23,9 @@ __all__ = [
     "MANIFEST_MAX_BYTES",
     "SECRET_BYTES",
     "VOLUME_KEY_BYTES",
+    "CanonicalManifest",
     "KeyBundle",
     "Manifest",
-    "check_complete",
     "check_generation",
     "derive",
     "encode_bundle",
@@ -42,8 +42,36 @@ MANIFEST_MAX_BYTES = 4096
 _BUNDLE_MAX_BYTES = 8192
 
 
+class CanonicalManifest:
+    """What all manifests have in common: one encoding, in canonical msgpack. For dataclasses."""
+
+    __slots__ = ()
+
+    def encode(self) -> bytes:
+        """Encode as canonical msgpack."""
+        return encode_canonical(plain(self))
+
+    @classmethod
+    def parse(cls, data: bytes, *, source: str = "manifest") -> Self:
+        """Decode canonical msgpack.
+
+        Raises: DataError.
+        """
+        value = decode_canonical(data, source=source, max_bytes=MANIFEST_MAX_BYTES)
+        made = decode(cls, value, source=source, error=DataError)
+        # What `decode` would fill in must be there: a manifest has one encoding only.
+        if data != made.encode():
+            msg = f"{source}: a key is missing"
+            raise DataError(msg)
+        return made
+
+    def digest(self) -> bytes:
+        """Return the SHA-256 of the encoded manifest: 32 bytes."""
+        return hashlib.sha256(self.encode()).digest()
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Manifest:
+class Manifest(CanonicalManifest):
     """Everything a guest needs to map one sealed image, apart from the secret.
 
     The payload is one encrypted stream that starts `payload_offset_bytes` into the file:
@@ -86,35 +114,6 @@ class Manifest:
     def image_bytes(self) -> int:
         """Size of the whole image file."""
         return self.payload_offset_bytes + self.payload_bytes
-
-    def encode(self) -> bytes:
-        """Encode as canonical msgpack."""
-        return encode_canonical(plain(self))
-
-    @classmethod
-    def parse(cls, data: bytes, *, source: str = "manifest") -> Manifest:
-        """Decode canonical msgpack.
-
-        Raises: DataError.
-        """
-        value = decode_canonical(data, source=source, max_bytes=MANIFEST_MAX_BYTES)
-        made = decode(cls, value, source=source, error=DataError)
-        check_complete(data, made.encode(), source=source)
-        return made
-
-    def digest(self) -> bytes:
-        """Return the SHA-256 of the encoded manifest: 32 bytes."""
-        return hashlib.sha256(self.encode()).digest()
-
-
-def check_complete(data: bytes, encoded: bytes, *, source: str) -> None:
-    """Check that a manifest says what `decode` would fill in, so that it has one encoding only.
-
-    Raises: DataError.
-    """
-    if data != encoded:
-        msg = f"{source}: a key is missing"
-        raise DataError(msg)
 
 
 def check_generation(generation: int) -> None:

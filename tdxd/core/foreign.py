@@ -8,19 +8,18 @@ holds no integrity of the payload: the host may change that at any time.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from typing import Literal
 
 from tdxd.core.bundle import (
     MANIFEST_MAX_BYTES,
+    CanonicalManifest,
     KeyBundle,
     Manifest,
-    check_complete,
     check_generation,
     encode_bundle,
     parse_bundle,
 )
-from tdxd.core.decode import decode, decode_canonical, encode_canonical, plain
+from tdxd.core.decode import decode_canonical
 from tdxd.core.secret import Secret
 from tdxd.core.volume_id import check_volume_id
 from tdxd.errors import DataError, TdxdError
@@ -40,7 +39,7 @@ PASSPHRASE_MAX_BYTES = 512
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class ForeignManifest:
+class ForeignManifest(CanonicalManifest):
     """Which volume a passphrase is for.
 
     `header_sha256` is the SHA-256 of the image's bytes before its payload: binary headers, JSON
@@ -60,25 +59,6 @@ class ForeignManifest:
         if len(self.header_sha256) not in (0, 32):
             msg = f"header_sha256 has {len(self.header_sha256)} bytes, not 32 or none"
             raise ValueError(msg)
-
-    def encode(self) -> bytes:
-        """Encode as canonical msgpack."""
-        return encode_canonical(plain(self))
-
-    @classmethod
-    def parse(cls, data: bytes, *, source: str = "manifest") -> ForeignManifest:
-        """Decode canonical msgpack.
-
-        Raises: DataError.
-        """
-        value = decode_canonical(data, source=source, max_bytes=MANIFEST_MAX_BYTES)
-        made = decode(cls, value, source=source, error=DataError)
-        check_complete(data, made.encode(), source=source)
-        return made
-
-    def digest(self) -> bytes:
-        """Return the SHA-256 of the encoded manifest: 32 bytes."""
-        return hashlib.sha256(self.encode()).digest()
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,18 +8,17 @@ the content but what it is for: a digest of it would let a reader of the store g
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from typing import Literal
 
 from tdxd.core.bundle import (
     MANIFEST_MAX_BYTES,
+    CanonicalManifest,
     KeyBundle,
-    check_complete,
     check_generation,
     encode_bundle,
     parse_bundle,
 )
-from tdxd.core.decode import decode, decode_canonical, encode_canonical, plain
+from tdxd.core.decode import decode_canonical
 from tdxd.core.foreign import (
     AnyBundle,
     AnyManifest,
@@ -51,7 +50,7 @@ Content = Literal["tls-pem", "client-ca", "file"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class SecretManifest:
+class SecretManifest(CanonicalManifest):
     """Which secret a content is; `volume_id` is its id, named as that of every other manifest."""
 
     kind: Literal["secret"] = "secret"
@@ -63,25 +62,6 @@ class SecretManifest:
     def __post_init__(self) -> None:
         check_volume_id(self.volume_id)
         check_generation(self.generation)
-
-    def encode(self) -> bytes:
-        """Encode as canonical msgpack."""
-        return encode_canonical(plain(self))
-
-    @classmethod
-    def parse(cls, data: bytes, *, source: str = "manifest") -> SecretManifest:
-        """Decode canonical msgpack.
-
-        Raises: DataError.
-        """
-        value = decode_canonical(data, source=source, max_bytes=MANIFEST_MAX_BYTES)
-        made = decode(cls, value, source=source, error=DataError)
-        check_complete(data, made.encode(), source=source)
-        return made
-
-    def digest(self) -> bytes:
-        """Return the SHA-256 of the encoded manifest: 32 bytes."""
-        return hashlib.sha256(self.encode()).digest()
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
