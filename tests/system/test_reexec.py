@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from tdxd.core import wire
-from tdxd.guest.handover import State, decode_state
+from tdxd.guest.handover import FORMAT, READABLE, State, decode_state
 from tdxd.user.endpoint import Endpoint
 from tdxd.user.infer import Model, predict
 from tests.system.test_service import Manager
@@ -249,7 +249,8 @@ def test_what_would_not_start_is_refused(world: World, launcher: Launcher) -> No
         assert "No module named 'no_such_module'" in refused(daemon, 75)
         knows_less = "import tdxd.guest.handover as h; h.READABLE = (0, 1)"
         launcher.write(check=knows_less)
-        assert "it knows state of format 0, 1, not 4" in refused(daemon, 75)
+        words = f"it knows state of format 0, 1, not {FORMAT}"
+        assert words in refused(daemon, 75)
         launcher.path.unlink()
         assert "No such file or directory" in refused(daemon, 71)
         launcher.write(check="os.chmod(sys.argv[0], 0o644)")
@@ -398,15 +399,18 @@ def test_state_that_cannot_be_adopted(world: World, launcher: Launcher) -> None:
         check_state(world, dump.read_bytes(), daemon)
 
         before = parts(daemon)
+        now, to_come = (b"\xa6format" + bytes([n]) for n in (FORMAT, FORMAT + 1))
         launcher.write(
             start="old = os.pread(STATE, 1 << 24, 0)\n"
-            "new = old.replace(b'\\xa6format\\x04', b'\\xa6format\\x05')\n"
+            f"new = old.replace(bytes({[*now]}), bytes({[*to_come]}))\n"
             "assert new != old and os.pwrite(STATE, new, 0) == len(new)"
         )
         done = daemon.ctl("reexec")
         assert done.returncode == 69
         assert "was started afresh, as pid" in done.stderr
-        assert "format 5, this program knows 2, 3, 4" in daemon.log.read_text()
+        known = ", ".join(map(str, READABLE))
+        words = f"format {FORMAT + 1}, this program knows {known}"
+        assert words in daemon.log.read_text()
         for pid in before["children"]:
             assert not Path(f"/proc/{pid}").exists()
         assert daemon.status()["reexecs"] == 0
