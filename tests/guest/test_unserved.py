@@ -1,4 +1,4 @@
-"""Faults after which no test waits for a model server: they come last, as does `test_owner`."""
+"""Faults after which hardly a test waits for a model server: they come late, like `test_owner`."""
 
 from __future__ import annotations
 
@@ -19,6 +19,16 @@ def counts(served: Observed, file: str, name: str) -> int:
     """Return one number of a file of the model servers' groups, added up."""
     lines = served.machine.output(f"cat {GROUPS}/model-server-*/{file}").splitlines()
     return sum(int(line.split()[1]) for line in lines if line.split()[0] == name)
+
+
+def test_a_killed_front_is_started_again(served: Observed) -> None:
+    old = served.serving()["front_pid"]
+    served.machine.run(f"kill -9 {old}")
+    served.until(
+        lambda: served.serving().get("front_pid") not in (None, old), "a new front"
+    )
+    served.until_serving()
+    served.predict_ok()
 
 
 def test_a_model_gets_no_more_than_its_share(
@@ -44,6 +54,30 @@ def test_a_model_gets_no_more_than_its_share(
     served.until(lambda: served.server_pid() not in (None, server), "a new server")
     assert counts(served, "memory.events", "oom_kill") > 0
     assert served.main_pid() == daemon
+
+
+def test_a_killed_model_server_is_started_again(opened: Observed) -> None:
+    opened.until(lambda: opened.server_pid() is not None, "a model server")
+    old = opened.server_pid()
+    opened.machine.run(f"kill -9 {old}")
+    opened.until(lambda: opened.server_pid() not in (None, old), "a new model server")
+    assert "the model server ended by signal 9" in opened.said()
+
+
+def test_a_killed_daemon_is_swept_and_opens_again(opened: Observed) -> None:
+    """It attests anew; no mapping, loop device, child or namespace of the first one is left."""
+    opened.until(lambda: opened.server_pid() is not None, "a model server")
+    before, old = opened.holdings(), opened.main_pid()
+    attested = len(opened.events("volume.attesting"))
+    opened.machine.run(f"kill -9 {old}")
+    opened.until_pid_changes(old)
+    opened.until_volume("mounted")
+    opened.until(lambda: opened.server_pid() is not None, "a new model server")
+    assert len(opened.events("volume.attesting")) > attested
+    after = opened.holdings()
+    assert (after.mappings, len(after.loops)) == (before.mappings, len(before.loops))
+    assert after.networks == before.networks
+    assert not set(after.children) & set(before.children)
 
 
 def test_a_stopped_daemon_is_restarted_by_the_watchdog(opened: Observed) -> None:
